@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Runs the tests, two at a time where there are cores for it. Installs into .venv on the first run.
+#
+#   launch/test.sh [arguments of pytest]
+#   launch/test.sh tests/tree_test.py -k fork
+#
+# Paths are relative to the repository root, wherever this is called from.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+
+prepare_environment test
+
+# One thread for each worker: XLA sizes its pool by NPROC, the BLAS libraries by OMP_NUM_THREADS.
+export NPROC="${NPROC:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+arguments=(-q)
+if (($(getconf _NPROCESSORS_ONLN) > 1)); then
+  arguments+=(-n 2)
+fi
+# All tests, unless some are named.
+tests=(tests)
+for argument in "$@"; do
+  if [[ -e "${argument%%::*}" ]]; then
+    tests=()
+  fi
+done
+exec python -m pytest "${arguments[@]}" ${tests[@]+"${tests[@]}"} "$@"

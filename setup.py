@@ -1,0 +1,36 @@
+"""Installs treerl: `pip install -e .[test]`, with `cuda` or `tpu` added on an accelerator."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="treerl",
+    version="0.1.0",
+    description="Reinforcement learning of language models with tree rollouts, in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(
+        include=["treerl", "treerl.*", "launch", "launch.*", "experiments", "experiments.*"]
+    ),
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "chex",
+        "einops",
+        "tensorflow-datasets",  # tfds.data_source reads without TensorFlow
+        "array_record",
+        "absl-py",
+        "ml-collections",
+        "matplotlib",
+        "tqdm",
+        "numpy",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+        "test": ["pytest", "pytest-xdist"],
+        "hf": ["tokenizers", "safetensors", "transformers", "gguf"],
+        "notebooks": ["jupyter", "nbconvert", "ipykernel"],
+    },
+)

@@ -1,0 +1,1 @@
+"""treerl: reinforcement learning of language models with tree rollouts, in JAX."""

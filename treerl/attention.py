@@ -1,0 +1,86 @@
+"""Attention over a prompt, over a pool of tree cells (sampler) and over packed trees (learner).
+
+Each maker returns `attend(q, k, v, cache) -> (out, cache)` for one layer, with q [B, T, H, d],
+k and v [B, T, G, d] and out [B, T, H, d]; kernels can take their place behind this signature.
+"""
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+
+Attend = Callable
+
+
+def causal(length: jax.Array) -> Attend:
+    """Attention within right-padded rows [B, T]; the cache returned is (k, v) of every position."""
+
+    def attend(q, k, v, cache):
+        del cache
+        seen = jnp.arange(q.shape[1])[None] < length[:, None]
+        mask = jnp.tril(jnp.ones((q.shape[1],) * 2, bool))[None, None] & seen[:, None, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask), (k, v)
+
+    return attend
+
+
+def packed(stop: jax.Array) -> Attend:
+    """Attention within bins of depth-first tokens: q sees k iff k <= q < stop[k].
+
+    stop [N, C] is the index one past the last token of each token's subtree, so the test admits
+    exactly a token's ancestors and itself (a whole tree's cells and its prompt included), and
+    never a sibling's tokens or another tree's.
+    """
+    index = jnp.arange(stop.shape[1])
+    mask = (index[None] <= index[:, None])[None] & (index[None, :, None] < stop[:, None, :])
+    mask = (mask | (index[None] == index[:, None]))[:, None]  # padding sees itself: no empty row
+
+    def attend(q, k, v, cache):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask), cache
+
+    return attend
+
+
+def pool(prompt_length: jax.Array, row: jax.Array, path: jax.Array, write: jax.Array, rows: int) -> Attend:
+    """Attention of each slot's head over its prompt and its ancestors in the pool.
+
+    The cache of a layer is (prompt k, prompt v [B, P, G, d], pool k, pool v [B, G, K, S, d]).
+    The head's own keys and values are written first, at (slot, row), where `write` holds. Every
+    slot scores every cell of the first `rows` (static) rows under an ancestor mask: branching
+    copies rows of `path`, never keys and values. Prompt and pool are merged by a shared softmax.
+
+    Args:
+      prompt_length: [B]. row: [B, K], row of the head. path: [B, K, S], column of each ancestor,
+      the head included, -1 elsewhere. write: [B, K] bool.
+    """
+    batch, slots, depth = path.shape
+    own = jnp.arange(slots)
+    ancestor = path[:, :, None, :rows] == own[:, None]  # [B, K, K, rows]
+    ancestor &= jnp.arange(rows) <= row[:, :, None, None]
+    target = jnp.where(write, row, depth)  # out of range: dropped
+
+    def attend(q, k, v, cache):
+        prompt_k, prompt_v, pool_k, pool_v = cache
+        tree = jnp.arange(batch)[:, None]
+        pool_k = pool_k.at[tree, :, own[None], target].set(k.astype(pool_k.dtype), mode="drop")
+        pool_v = pool_v.at[tree, :, own[None], target].set(v.astype(pool_v.dtype), mode="drop")
+        group = k.shape[2]
+        q = q.reshape(batch, slots, group, -1, q.shape[-1]) * q.shape[-1] ** -0.5
+        lowest = jnp.finfo(jnp.float32).min
+        f32 = dict(preferred_element_type=jnp.float32)
+        on_prompt = jnp.einsum("bkgrd,bpgd->bgkrp", q, prompt_k, **f32)
+        real = jnp.arange(prompt_k.shape[1]) < prompt_length[:, None]
+        on_prompt = jnp.where(real[:, None, None, None], on_prompt, lowest)
+        on_pool = jnp.einsum("bkgrd,bgjsd->bgkrjs", q, pool_k[:, :, :, :rows], **f32)
+        on_pool = jnp.where(ancestor[:, None, :, None], on_pool, lowest)
+        top = jnp.maximum(on_prompt.max(-1), on_pool.max((-1, -2)))
+        on_prompt = jnp.exp(on_prompt - top[..., None])
+        on_pool = jnp.exp(on_pool - top[..., None, None])
+        norm = on_prompt.sum(-1) + on_pool.sum((-1, -2))
+        out = jnp.einsum("bgkrp,bpgd->bkgrd", on_prompt.astype(v.dtype), prompt_v, **f32)
+        out += jnp.einsum("bgkrjs,bgjsd->bkgrd", on_pool.astype(v.dtype), pool_v[:, :, :, :rows], **f32)
+        out = out / jnp.einsum("bgkr->bkgr", norm)[..., None]
+        return out.astype(v.dtype).reshape(batch, slots, -1, out.shape[-1]), (
+            prompt_k, prompt_v, pool_k, pool_v,
+        )  # fmt: skip
+
+    return attend

@@ -1,0 +1,124 @@
+"""Numbers of a run as metrics.jsonl: one strict JSON object a line, each with its "step"."""
+
+import json
+import math
+import os
+
+import numpy as np
+
+
+class MetricsFile:
+    """Appends lines to metrics.jsonl, and on opening drops what will be done again.
+
+    A run resumed from the checkpoint of step n repeats the steps after n: their
+    lines go, as does a last line that an interruption cut short, so the file
+    always tells one story. With several processes only the first opens it.
+
+    Args:
+      path: the file; it and its folder are created if missing.
+      resume_step: lines of later steps are dropped; -1 starts anew.
+
+    Raises:
+      ValueError: a line before the last is no JSON object with a "step".
+    """
+
+    def __init__(self, path, resume_step: int):
+        path = os.fspath(path)
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        kept = (
+            [line for line in read(path) if line["step"] <= resume_step]
+            if os.path.exists(path)
+            else []
+        )
+        temporary = path + ".tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(_dump(line) for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, step: int, values: dict) -> None:
+        """Writes one line and flushes it.
+
+        Args:
+          step: the step that the numbers belong to.
+          values: name -> Python, numpy or jax scalar. Floats keep every bit (the
+            shortest text that reads back as the same number); nan and infinities,
+            which JSON lacks, become null.
+
+        Raises:
+          ValueError: a value is no scalar, or is named "step".
+        """
+        if "step" in values:
+            raise ValueError('metric "step" is the line\'s own number; rename the metric.')
+        line = {"step": int(step)} | {name: _scalar(name, value) for name, value in values.items()}
+        self._file.write(_dump(line))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def read(path) -> list[dict]:
+    """Reads metrics.jsonl; a last line cut short by an interruption is left out.
+
+    Returns:
+      One dict a line, with "step"; nan and infinities read as None.
+
+    Raises:
+      ValueError: a line before the last is no JSON object with a "step".
+    """
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text = file.read()
+    lines = text.split("\n")
+    parsed = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict) or "step" not in value:
+                raise ValueError
+        except ValueError:
+            if number == len(lines):  # No newline behind it: cut short.
+                break
+            raise ValueError(
+                f'{path} line {number} is no JSON object with a "step"; '
+                "remove that line or use a new workdir."
+            ) from None
+        parsed.append(value)
+    return parsed
+
+
+def _dump(line: dict) -> str:
+    return json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _scalar(name: str, value):
+    """numpy, jax or Python scalar -> bool, int, finite float or None."""
+    if value is None:
+        return None
+    array = np.asarray(value)
+    if array.ndim or not (
+        array.dtype == bool or np.issubdtype(array.dtype, np.integer) or _is_float(array.dtype)
+    ):
+        raise ValueError(
+            f'metric "{name}" is {array.dtype}{list(array.shape)}; reduce it to one number.'
+        )
+    if array.dtype == bool:
+        return bool(array)
+    if np.issubdtype(array.dtype, np.integer):
+        return int(array)
+    return float(array) if math.isfinite(float(array)) else None
+
+
+def _is_float(dtype) -> bool:
+    """True of numpy's floats and of bfloat16 and its kin, which numpy does not count as such."""
+    return np.issubdtype(dtype, np.floating) or dtype.name.startswith(("bfloat", "float"))

@@ -1,0 +1,1 @@
+"""Language models: one decoder-only transformer, its sizes, and its use as a policy."""

@@ -1,0 +1,80 @@
+"""A transformer as the sampler and the learner use it."""
+import jax
+import jax.numpy as jnp
+
+from treerl import attention
+from treerl.models.transformer import Model
+from treerl.types import Params, Policy
+
+
+def make_policy(model: Model, params: Params, *, slots: int, rows: int) -> Policy:
+    """The sampler's view: weights are cast and unstacked once, before its loop.
+
+    Args:
+      slots, rows: K and S, the size of the pool of keys and values of a tree.
+    """
+    module = model.merge(params)
+    layers = module.layers()
+    config = model.config
+
+    def prefill(token, length):
+        batch, width = token.shape
+        position = jnp.broadcast_to(jnp.arange(width), token.shape)
+        hidden, (k, v) = module(token, position, attention.causal(length))
+        last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+        pool = jnp.zeros((batch, config.kv_heads, slots, rows, config.head_dim), config.dtype)
+        return module.logits(last), (length, [(k[i], v[i], pool, pool) for i in range(config.layers)])
+
+    def decode(cache, token, row, path, write, rows):
+        length, caches = cache
+        attend = attention.pool(length, row, path, write, rows)
+        x, position = module.embed(token), length[:, None] + row
+        new = []
+        for block, cache in zip(layers, caches):
+            x, cache = block(x, position, attend, cache)
+            new.append(cache)
+        return module.logits(module.final_norm(x)), (length, new)
+
+    return Policy(prefill=prefill, decode=decode)
+
+
+def packed_hidden(model: Model, params: Params, token, position, stop, *, remat: bool = False):
+    """The learner's view: (module, hidden [N, C, D]) of bins of depth-first tokens.
+
+    Args:
+      token, position, stop: [N, C] int32, see `packing.Bins`.
+    """
+    module = model.merge(params)
+    hidden, _ = module(token, position, attention.packed(stop), remat=remat)
+    return module, hidden
+
+
+def token_logps(module, hidden, target, temperature, *, chunk: int):
+    """Log-probs and entropies of targets, the vocabulary seen `chunk` tokens at a time.
+
+    Each chunk's logits are recomputed in the backward pass, so no [tokens, V] array outlives it.
+
+    Args:
+      hidden: [T, D]. target: [T] int32. temperature: [] float32, divides the logits.
+      chunk: tokens at a time (static).
+
+    Returns:
+      (log-prob [T], entropy [T] in nats), float32.
+    """
+
+    @jax.checkpoint
+    def one(args):
+        hidden, target = args
+        logits = module.logits(hidden) / temperature
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        logp = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0] - norm
+        shift = logits - norm[:, None]
+        return logp, -jnp.sum(jnp.exp(shift) * shift, axis=-1)
+
+    count = hidden.shape[0]
+    chunk = min(chunk, count)
+    pad = -count % chunk
+    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[-1])
+    target = jnp.pad(target, (0, pad)).reshape(-1, chunk)
+    logp, entropy = jax.lax.map(one, (hidden, target))
+    return logp.reshape(-1)[:count], entropy.reshape(-1)[:count]

@@ -1,0 +1,56 @@
+"""Examples to prompts: a deterministic stream that resumes at any position."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from treerl.tasks import Task
+from treerl.types import Prompts
+
+
+def _pad(rows: list[list[int]], width: int, what: str, field: str) -> tuple[np.ndarray, np.ndarray]:
+    length = np.array([len(row) for row in rows], np.int32)
+    if length.max() > width:
+        raise ValueError(f"{what} of {length.max()} tokens is longer than {field}={width}; raise {field}.")
+    return np.stack([np.pad(row, (0, width - len(row))) for row in rows]).astype(np.int32), length
+
+
+def encode(task: Task, examples: list[dict], index: np.ndarray, width: int) -> Prompts:
+    """Encodes examples as Prompts of `width` tokens with numpy leaves; index is int [B]."""
+    encoded = [task.encode(example) for example in examples]
+    token, length = _pad([e.prompt for e in encoded], width, "a prompt", "sampler.prompt_length")
+    data = jax.tree.map(lambda *x: np.stack(x), *[e.data for e in encoded])
+    return Prompts(token=token, length=length, index=np.asarray(index, np.int32), data=data)
+
+
+def encode_answers(task: Task, examples: list[dict], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reference answers, the end included: (tokens [B, width], length [B])."""
+    answers = [task.encode(example).answer for example in examples]
+    return _pad(answers, width, "a reference answer", "sampler.answer_length")
+
+
+class Stream:
+    """Endless batches of examples; batch n depends on (seed, position) alone.
+
+    Each pass over the data is a new permutation. A batch may span two passes.
+    """
+
+    def __init__(self, data, seed: int):
+        self._data, self._seed = data, seed
+        self._pass, self._order = None, None
+
+    def examples(self, position: int, count: int) -> tuple[list[dict], np.ndarray]:
+        """Examples position .. position + count of the stream, and those positions."""
+        positions = np.arange(position, position + count)
+        return [self._data[int(self._where(p))] for p in positions], positions
+
+    def _where(self, position: int) -> int:
+        number, offset = divmod(position, len(self._data))
+        if number != self._pass:
+            self._pass = number
+            self._order = np.random.default_rng([self._seed, number]).permutation(len(self._data))
+        return self._order[offset]
+
+
+def to_device(tree, sharding):
+    """Puts a pytree of host arrays onto the mesh."""
+    return jax.tree.map(lambda x: jax.device_put(jnp.asarray(x), sharding), tree)

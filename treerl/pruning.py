@@ -1,0 +1,92 @@
+"""What to stop while generating: pruning rules, pairs of pure functions around a memory."""
+import jax
+import jax.numpy as jnp
+
+from treerl.tree import SIMILAR
+from treerl.types import ACTIVE, DONE, FREE, Lines, Pruning
+
+
+def none() -> Pruning:
+    """Prunes nothing."""
+    return Pruning(
+        start=lambda batch, slots: (),
+        step=lambda memory, lines, token: (jnp.zeros(lines.status.shape, jnp.int8), memory),
+    )
+
+
+def extend_distance(row, column, a, b, n):
+    """Extends an edit-distance table by one token on both sides.
+
+    Args:
+      row: [R + 1] int32, D[n - 1, 0 .. n - 1]. column: [R + 1] int32, D[0 .. n - 1, n - 1].
+      a, b: [R] int32, the two windows, their first n tokens known.
+      n: [] int32, 1 .. R.
+
+    Returns:
+      row D[n, 0 .. n] and column D[0 .. n, n]; entries past n mean nothing. D is Levenshtein's
+      distance of prefixes. The recurrence along a row is a running minimum, D[n, j] - j =
+      min over i <= j of (x_i - i), so nothing is serial.
+    """
+    index = jnp.arange(row.shape[0])
+    last = n - 1
+
+    def line(previous, new, other):
+        differs = jnp.concatenate([jnp.ones((1,), bool), other != new])
+        shifted = jnp.concatenate([previous[:1], previous[:-1]])
+        x = jnp.minimum(previous + 1, shifted + differs)
+        x = jnp.where(index == 0, n, x)
+        return jax.lax.cummin(x - index) + index
+
+    new_row, new_column = line(row, a[last], b), line(column, b[last], a)
+    corner = jnp.minimum(new_row[last], new_column[last]) + 1
+    corner = jnp.minimum(corner, row[last] + (a[last] != b[last]))
+    return jnp.where(index == n, corner, new_row), jnp.where(index == n, corner, new_column)
+
+
+def similarity(*, windows: tuple[int, ...], tau_ed) -> Pruning:
+    """Stops children that say what their parent says (LATR, arXiv 2510.24302, eq. 7 and 8).
+
+    After each window of r tokens of its own, the diverging token included, a child is compared
+    with the same rows of its parent line; if edit distance / r < tau_ed the child and all its
+    descendants (finished ones too) go. A child is kept if either line ended inside the window.
+    The parent stays. As in the released code there may be several windows; its exemption of
+    mathematical symbols, suffix and ROUGE tests are not here.
+
+    Args:
+      windows: lengths r, static. tau_ed: [] float32; 0 prunes nothing, above 1 every child.
+    """
+    longest = max(windows)
+
+    def start(batch, slots):
+        size = (batch, slots, longest)
+        table = jnp.zeros((batch, slots, longest + 1), jnp.int32)
+        return jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.int32), table, table
+
+    def step(memory, lines: Lines, token):
+        slots = lines.status.shape[1]
+        age = lines.cursor - lines.birth  # own tokens so far
+        last = jnp.maximum(lines.cursor - 1, 0)
+        parent = jnp.maximum(lines.parent, 0)
+        tree = jnp.arange(token.shape[0])[:, None]
+        newest = token[tree, last, jnp.arange(slots)], token[tree, last, parent]
+        n = jnp.clip(age, 1, longest)
+
+        def one(mine, theirs, row, column, new, n):
+            at = jnp.arange(longest) == n - 1
+            mine, theirs = jnp.where(at, new[0], mine), jnp.where(at, new[1], theirs)
+            row, column = jnp.where(n == 1, 0, row), jnp.where(n == 1, 0, column)  # a newborn
+            return mine, theirs, *extend_distance(row, column, mine, theirs, n)
+
+        memory = jax.vmap(jax.vmap(one))(*memory, newest, n)
+        distance = jnp.take_along_axis(memory[2], n[..., None], axis=-1)[..., 0]
+        status, cursor = (jnp.take_along_axis(x, parent, -1) for x in (lines.status, lines.cursor))
+        parent_ended = (status == DONE) & (cursor <= lines.cursor)
+        due = jnp.any(age[..., None] == jnp.asarray(windows), axis=-1)
+        due &= (lines.status == ACTIVE) & (lines.parent >= 0) & ~parent_ended
+        stop = due & (distance < tau_ed * n)
+        at_birth = jnp.take_along_axis(lines.path, lines.birth[:, None, :], axis=-1)  # [B, line, child]
+        below = at_birth == jnp.arange(slots)
+        gone = jnp.any(below & stop[:, None, :], axis=-1) & (lines.status != FREE)
+        return jnp.where(gone, SIMILAR, 0).astype(jnp.int8), memory
+
+    return Pruning(start=start, step=step)

@@ -1,0 +1,311 @@
+"""Grow a tree of continuations for every prompt, in one compiled loop.
+
+The sampler takes a policy and two rules as functions and never sees a model. Each iteration
+decodes the head of every slot, draws, lets the branching rule override and start lines, writes,
+and lets the pruning rule stop lines. Trees do not depend on each other, on their place in the
+batch or on the number of devices: every draw folds (key, example, line identity, row).
+"""
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from treerl import tree as T
+from treerl.types import ACTIVE, DONE, FREE, Births, Branching, Frontier, Lines, Policy, Prompts, Pruning
+
+_GRID = ("token", "parent", "used", "source", "end", "entropy", "logp_behavior", "logp_policy")
+
+
+class Stats(NamedTuple):
+    """What happened while a tree grew; a pruned line leaves no other trace. All int32 [B]."""
+
+    sampled: jax.Array  # tokens written, those of pruned lines included
+    forks: jax.Array  # lines born on a running line
+    restarts: jax.Array  # lines born at the prompt or an older cell after the start
+    pruned: jax.Array  # lines stopped by the pruning rule
+    iterations: jax.Array  # of the loop, the same for every tree of the program
+
+
+class _Carry(NamedTuple):
+    lines: Lines
+    grid: dict  # the fields of Tree named in _GRID, each [B, S, K]
+    cache: object
+    memory: object  # of the pruning rule
+    stats: Stats
+    active: jax.Array  # [] bool, whether anything ran or was born in the last iteration
+    iteration: jax.Array  # [] int32
+
+
+def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Probabilities truncated to the smallest set of mass top_p: [..., V] -> [..., V], unnormalised.
+
+    Finds the cut by bisection on the probability, behind a cond, so top_p = 1 costs nothing and
+    the vocabulary is never sorted. Ties at the cut are kept. top_p is [] float32, traced.
+    """
+    p = jax.nn.softmax(logits, axis=-1)
+
+    def cut(p):
+        def halve(_, bounds):
+            low, high = bounds  # the mass at or above low is at least top_p
+            middle = (low + high) / 2
+            enough = jnp.sum(jnp.where(p >= middle, p, 0), -1, keepdims=True) >= top_p
+            return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+        high = p.max(-1, keepdims=True)
+        low, _ = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(high), high))
+        return jnp.where((p >= low) | (p >= high), p, 0)
+
+    return jax.lax.cond(top_p < 1, cut, lambda p: p, p)
+
+
+def draw(weight: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Draws an index in proportion to weight by inverting its sum: [..., V], [...] -> int32 [...].
+
+    Two levels of about sqrt(V) sums, one uniform number a draw; never an index of weight 0.
+    """
+    size = weight.shape[-1]
+    width = max(1, round(size**0.5))
+    pad = [(0, 0)] * (weight.ndim - 1) + [(0, -size % width)]
+    block = jnp.pad(weight, pad).reshape(*weight.shape[:-1], -1, width)
+
+    def invert(w, target):
+        total = jnp.cumsum(w, axis=-1)
+        target = jnp.clip(target, 0, total[..., -1] * (1 - 2e-7))
+        index = jnp.sum(total <= target[..., None], axis=-1)
+        at = lambda x: jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
+        return index, target - (at(total) - at(w))
+
+    mass = block.sum(-1)
+    outer, rest = invert(mass, uniform * mass.sum(-1))
+    inside = jnp.take_along_axis(block, outer[..., None, None], axis=-2)[..., 0, :]
+    inner, _ = invert(inside, rest)
+    return jnp.minimum(outer * width + inner, size - 1).astype(jnp.int32)
+
+
+def _fold(key, *values):
+    """Folds integers [B, K] into raw keys [B, K, 2]."""
+
+    def one(key, *values):
+        key = jax.random.wrap_key_data(key)
+        for value in values:
+            key = jax.random.fold_in(key, value)
+        return jax.random.key_data(key)
+
+    return jax.vmap(jax.vmap(one))(key, *values)
+
+
+def _start_key(tree_key, slot, started, row):
+    """Identity of a line that starts by a draw: (tree, slot, how often it started, row)."""
+    shape = slot.shape
+    return _fold(jnp.broadcast_to(tree_key[:, None], shape + (2,)), slot, started, row + 1)
+
+
+def _free_from(lines: Lines) -> jax.Array:
+    """First row at which each slot's column holds nothing that a live line stands on: [B, K]."""
+    _, slots, rows = lines.path.shape
+    live = lines.status != FREE
+    stands = (lines.path[..., None] == jnp.arange(slots)) & live[..., None, None]  # [B, j, S, K]
+    below = jnp.where(jnp.any(stands, axis=1), jnp.arange(rows)[:, None] + 1, 0).max(1)
+    return jnp.where(lines.status == FREE, below, rows + 1)
+
+
+def _take(x, slot):
+    """Reads x [B, K, ...] at slot [B, K], clipped."""
+    slot = jnp.maximum(slot, 0)
+    return jnp.take_along_axis(x, slot.reshape(slot.shape + (1,) * (x.ndim - 2)), axis=1)
+
+
+def sample(
+    policy: Policy,
+    branching: Branching,
+    pruning: Pruning,
+    prompts: Prompts,
+    key: jax.Array,
+    *,
+    slots: int,
+    rows: int,
+    budget: int,
+    segment: int,
+    lengths: tuple[int, ...],
+    temperature: jax.Array,
+    top_p: jax.Array,
+    eos: jax.Array,
+) -> tuple[T.Tree, Stats]:
+    """Grows one tree a prompt.
+
+    A line ends FINISHED at an end-of-sequence token (which is part of it), TRUNCATED at the last
+    row, PRUNED by the rule, or CUT when the loop budget is spent; the first two are leaves and
+    keep their slot, so there are as many leaf entries as slots.
+
+    Args:
+      key: typed random key, the same for all trees; each folds its example's index.
+      slots, rows: K and S (static).
+      budget: iterations at most (static), rounded up to whole segments.
+      segment: iterations between two tests for the end (static).
+      lengths: static row bounds, ascending, the last equal to rows; the loop's body is compiled
+        once for each, and attention reads the rows of the smallest that fits.
+      temperature: [] float32 > 0. top_p: [] float32 in (0, 1]. eos: [E] int32, -1 for none. Traced.
+
+    Returns:
+      (Tree with B in front, Stats).
+    """
+    if tuple(sorted(set(lengths))) != tuple(lengths) or lengths[-1] != rows:
+        raise ValueError(f"sampler.lengths={lengths} must ascend and end with the rows, {rows}.")
+    batch = prompts.token.shape[0]
+    slot = jnp.broadcast_to(jnp.arange(slots), (batch, slots))
+    tree_key = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(key, i)))(prompts.index)
+    root_logits, cache = policy.prefill(prompts.token, prompts.length)
+
+    def decide(lines: Lines, logits, iteration):
+        """Draws for every line and asks the branching rule."""
+        scaled = logits / temperature
+        logp = jax.nn.log_softmax(scaled, axis=-1)
+        entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+        weight = nucleus(scaled, top_p)
+        noise = _fold(lines.key, lines.cursor)
+        uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.wrap_key_data(k))))(noise)
+        drawn = draw(weight, uniform)
+        free = _free_from(lines)
+        token, births = branching.step(Frontier(lines, logits, drawn, entropy, free, iteration))
+        allowed = (births.line >= 0) & (free <= births.row + 1)
+        births = births._replace(line=jnp.where(allowed, births.line, -1))
+        at_drawn = jnp.take_along_axis(weight, drawn[..., None], axis=-1)[..., 0]
+        return logp, entropy, jnp.log(at_drawn / weight.sum(-1)), drawn, token, births
+
+    def newborn(lines: Lines, births: Births):
+        """Lines with those just born in their slots, cursor at their first own row."""
+        born = births.line >= 0
+        forced = born & (births.token >= 0)
+        row = births.row + 1
+        path = jnp.where(jnp.arange(rows) < row[..., None], _take(lines.path, births.line), T.NONE)
+        complement = jnp.uint32(0xFFFFFFFF) - row.astype(jnp.uint32)  # never the key of a draw
+        child = _fold(_take(lines.key, births.line), complement, births.token)
+        fresh = _start_key(tree_key, slot, lines.started, births.row)
+        pick = lambda new, old: jnp.where(born.reshape(born.shape + (1,) * (old.ndim - 2)), new, old)
+        return Lines(
+            status=pick(ACTIVE, lines.status),
+            cursor=pick(row, lines.cursor),
+            path=pick(path, lines.path),
+            birth=pick(row, lines.birth),
+            parent=pick(jnp.where((births.row >= 0) | forced, births.line, -1), lines.parent),
+            may_fork=pick(births.may_fork, lines.may_fork),
+            started=lines.started + (born & ~forced),
+            key=pick(jnp.where(forced[..., None], child, fresh), lines.key),
+        )
+
+    def step(rows_in_use, carry: _Carry) -> _Carry:
+        lines, grid = carry.lines, carry.grid
+        row = row_of(lines.cursor)
+        column = jnp.maximum(jnp.take_along_axis(lines.path, row[..., None], axis=-1)[..., 0], 0)
+        head = grid["token"][jnp.arange(batch)[:, None], row, column]
+        was_active = lines.status == ACTIVE
+        write = was_active & (lines.cursor > 0) & (column == slot)
+        logits, cache = policy.decode(carry.cache, head, row, lines.path, write, rows_in_use)
+        logits = jnp.where((lines.cursor == 0)[..., None], root_logits[:, None], logits)
+        logp, entropy, logp_drawn, drawn, ruled, births = decide(lines, logits, carry.iteration)
+
+        born = births.line >= 0
+        forked = born & (births.token >= 0)
+        lines = newborn(lines, births)
+        writes = was_active | forked
+        source = jnp.where(forked, births.line, slot)  # whose logits the token comes from
+        token = jnp.where(forked, births.token, jnp.where(ruled >= 0, ruled, drawn))
+        forced = forked | (ruled >= 0)
+        at_token = logp[jnp.arange(batch)[:, None], source, token]
+        ended = jnp.any(token[..., None] == eos, axis=-1)
+        end = jnp.where(ended, T.FINISHED, jnp.where(lines.cursor == rows - 1, T.TRUNCATED, T.RUNNING))
+        above = jnp.take_along_axis(lines.path, row_of(lines.cursor)[..., None], axis=-1)[..., 0]
+        cell = dict(
+            token=token,
+            parent=jnp.where(lines.cursor > 0, above, T.NONE),
+            used=writes,
+            source=jnp.where(forced, T.FORCED, T.SAMPLED),
+            end=end,
+            entropy=_take(entropy, source),
+            logp_behavior=jnp.where(forced, 0.0, logp_drawn),
+            logp_policy=at_token,
+        )
+        below = jnp.arange(rows)[:, None] >= lines.cursor[:, None]  # [B, S, K]
+        here = (jnp.arange(rows)[:, None] == lines.cursor[:, None]) & writes[:, None]
+        clear = below & born[:, None]
+        grid = dict(grid, used=grid["used"] & ~clear, end=jnp.where(clear, T.RUNNING, grid["end"]))
+        grid = {k: jnp.where(here, cell[k][:, None].astype(v.dtype), v) for k, v in grid.items()}
+        here = here.swapaxes(1, 2)
+        lines = lines.replace(
+            path=jnp.where(here, slot[..., None], lines.path),
+            cursor=lines.cursor + writes,
+            status=jnp.where(writes & (end != T.RUNNING), DONE, lines.status),
+        )
+
+        reason, memory = pruning.step(carry.memory, lines, grid["token"])
+        stopped = (reason > 0) & (lines.status != FREE)
+        last = (jnp.arange(rows)[:, None] == lines.cursor[:, None] - 1) & stopped[:, None]
+        grid["end"] = jnp.where(last, reason[:, None], grid["end"])
+        lines = lines.replace(status=jnp.where(stopped, FREE, lines.status))
+        count = lambda mask: jnp.sum(mask, axis=1, dtype=jnp.int32)
+        stats = Stats(
+            sampled=carry.stats.sampled + count(writes),
+            forks=carry.stats.forks + count(forked),
+            restarts=carry.stats.restarts + count(born & ~forked),
+            pruned=carry.stats.pruned + count(stopped),
+            iterations=carry.stats.iterations + 1,
+        )
+        active = jnp.any(was_active) | jnp.any(born)
+        return _Carry(lines, grid, cache, memory, stats, active, carry.iteration + 1)
+
+    begins, may_fork = branching.start(batch, slots)
+    none = jnp.full((batch, slots), -1, jnp.int32)
+    zero = jnp.zeros((batch, slots), jnp.int32)
+    empty = Lines(
+        status=zero, cursor=zero, path=jnp.full((batch, slots, rows), T.NONE), birth=zero, parent=none,
+        may_fork=zero > 0, started=zero, key=jnp.zeros((batch, slots, 2), jnp.uint32),
+    )  # fmt: skip
+    lines = newborn(empty, Births(line=jnp.where(begins, slot, -1), row=none, token=none, may_fork=may_fork))
+    blank = jnp.zeros((batch, rows, slots))
+    types = dict(token=jnp.int32, parent=jnp.int32, used=bool, source=jnp.int8, end=jnp.int8)
+    grid = {name: blank.astype(types.get(name, jnp.float32)) for name in _GRID}
+    nothing = jnp.zeros((batch,), jnp.int32)
+    carry = _Carry(
+        lines, grid, cache, pruning.start(batch, slots), Stats(*[nothing] * 5), jnp.bool_(True), jnp.int32(0)
+    )
+
+    def need(carry):
+        """Rows that the next segment may touch."""
+        running = jnp.where(carry.lines.status == ACTIVE, carry.lines.cursor, 0)
+        return jnp.max(running) + segment
+
+    def goes_on(carry):
+        return carry.active & (carry.iteration < budget)
+
+    def run(carry):
+        for shorter, length in zip((0,) + tuple(lengths), lengths):
+            fits = lambda c: (need(c) > shorter) & ((need(c) <= length) | (length == rows))
+            carry = jax.lax.while_loop(
+                lambda c: goes_on(c) & fits(c),
+                lambda c: jax.lax.fori_loop(0, segment, lambda _, c: step(length, c), c),
+                carry,
+            )
+        return carry
+
+    carry = jax.lax.while_loop(goes_on, run, carry)
+    return _finish(carry, slot)
+
+
+def row_of(cursor):
+    """Row of the head, clipped to the grid."""
+    return jnp.maximum(cursor - 1, 0)
+
+
+def _finish(carry: _Carry, slot) -> tuple[T.Tree, Stats]:
+    """The tree of what the loop left: lines still running are CUT, lines that ended are leaves."""
+    lines, grid = carry.lines, carry.grid
+    rows = lines.path.shape[-1]
+    cut = (jnp.arange(rows)[:, None] == lines.cursor[:, None] - 1) & (lines.status == ACTIVE)[:, None]
+    done = (lines.status == DONE)[..., None]
+    leaf = jnp.stack([lines.cursor - 1, slot], axis=-1)
+    tree = T.Tree(
+        **dict(grid, end=jnp.where(cut, T.CUT, grid["end"]), parent=jnp.where(grid["used"], grid["parent"], T.NONE)),
+        leaf=jnp.where(done, leaf, T.NONE),
+        leaf_path=jnp.where(done, lines.path, T.NONE),
+    )
+    return tree, carry.stats

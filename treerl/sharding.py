@@ -1,0 +1,84 @@
+"""The mesh, the rules from logical axes to mesh axes, and shardings; loud on every mistake."""
+import math
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+TREES = PartitionSpec(("data", "fsdp"))  # trees and bins: first axis over both
+
+# logical axis of a parameter -> mesh axis
+RULES = {
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "norm": None,
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over all devices; one size may be -1, the rest."""
+    sizes, count = {"data": data, "fsdp": fsdp, "tensor": tensor}, jax.device_count()
+    free = [name for name, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or min(sizes.values()) < -1 or 0 in sizes.values():
+        raise ValueError(f"mesh={sizes} needs positive sizes, at most one of them -1 for the rest.")
+    if free:
+        sizes[free[0]] = count // known
+    if math.prod(sizes.values()) != count:
+        raise ValueError(f"mesh={sizes} does not cover the {count} devices; set mesh.data=-1 or sizes that multiply to {count}.")
+    return Mesh(np.asarray(jax.devices()).reshape([sizes[a] for a in AXES]), AXES)
+
+
+def parameter_shardings(mesh: Mesh, axes, shapes, *, gathered: bool = False):
+    """Shardings of parameters from their logical axes.
+
+    Args:
+      axes: nested dict of tuples of logical names. shapes: the same of ShapeDtypeStruct; stacked
+        layers have one more axis in front, which is never sharded.
+      gathered: leave the fsdp axis out, as the sampler does once before its loop.
+
+    Raises:
+      ValueError: for an unknown logical axis, one mesh axis used twice, or a size that does not
+        divide, naming the parameter.
+    """
+
+    def one(path, names, shape):
+        where = jax.tree_util.keystr(path)
+        spec = [None] * (len(shape.shape) - len(names))
+        for name, size in zip(names, shape.shape[len(spec) :]):
+            if name not in RULES:
+                raise ValueError(f"{where}: no sharding rule for logical axis {name!r}; add it to sharding.RULES.")
+            axis = RULES[name]
+            axis = None if gathered and axis == "fsdp" else axis
+            if axis is not None and axis in spec:
+                raise ValueError(f"{where}: mesh axis {axis!r} is used twice by {names}; change sharding.RULES.")
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"{where}: {name}={size} does not divide by mesh.{axis}={mesh.shape[axis]}; "
+                    f"the nearest size that does is {math.ceil(size / mesh.shape[axis]) * mesh.shape[axis]}."
+                )
+            spec.append(axis)
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    is_names = lambda x: isinstance(x, tuple)
+    return jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=is_names)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value everywhere."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def trees(mesh: Mesh) -> NamedSharding:
+    """First axis over data and fsdp."""
+    return NamedSharding(mesh, TREES)
+
+
+def tree_shards(mesh: Mesh) -> int:
+    """Number of parts that a batch of trees is cut into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]

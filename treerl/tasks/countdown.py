@@ -1,0 +1,400 @@
+"""Countdown: reach a target with given numbers, each used exactly once, and + - * / ( ).
+
+Prompt "3 5 2 7=23:", answer "(3+5)*2+7". The grader is a parser in XLA with exact rational
+arithmetic in int32, so that grading stays inside the training program.
+"""
+import dataclasses
+import functools
+import os
+import pathlib
+import random
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorflow_datasets as tfds
+from jax import lax
+from ml_collections import ConfigDict
+
+from treerl.tasks import Encoded, Task
+from treerl.tokenizers import CharTokenizer
+
+OPERATORS = "+-*/"
+TOKENIZER = CharTokenizer("0123456789" + OPERATORS + "()=: ")
+ZERO, PLUS, MINUS, TIMES, OVER, OPEN, CLOSE, SPACE = TOKENIZER.encode("0+-*/() ")
+
+
+def make(config: ConfigDict, data_dir: str) -> Task:
+    """Prepares the puzzles under data_dir (once a difficulty) and returns the task.
+
+    Args:
+      config: numbers_min, numbers_max (how many numbers a puzzle gives), largest (given numbers
+        are 1..largest), operators (those that the reference solutions use; an answer may use
+        all four), target_max (targets are 1..target_max), train_size, heldout_size, seed.
+      data_dir: a folder that may be written.
+
+    Raises:
+      ValueError: a field cannot work, or there are too few distinct puzzles.
+      OSError: data_dir cannot be written.
+    """
+    check(config)
+    builder = _prepared(Difficulty.of(config), data_dir)
+    return Task(
+        tokenizer=TOKENIZER,
+        train=builder.as_data_source(split="train"),
+        heldout=builder.as_data_source(split="heldout"),
+        encode=functools.partial(encode, numbers_max=config.numbers_max),
+        grade=grade,
+    )
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError, naming the field and the fix, where the config cannot work."""
+    for field in ("largest", "target_max", "train_size", "heldout_size"):
+        if config[field] < 1:
+            raise ValueError(f"{field} is {config[field]}: set it to 1 or more.")
+    low, high, largest = config.numbers_min, config.numbers_max, config.largest
+    if low < 2:
+        raise ValueError(f"numbers_min is {low}: set it to 2 or more.")
+    if high < low:
+        raise ValueError(
+            f"numbers_max is {high}, below numbers_min {low}: set it to {low} or more."
+        )
+    if not config.operators or not set(config.operators) <= set(OPERATORS):
+        raise ValueError(
+            f"operators is {config.operators!r}: set it to one or more of {OPERATORS!r}."
+        )
+    bound = 2 ** (high - 1) * largest**high
+    if bound >= 2**31:  # see `grade`
+        raise ValueError(
+            f"largest {largest} with numbers_max {high} makes values up to {bound}, beyond the "
+            f"grader's int32: lower largest or numbers_max until "
+            f"2**(numbers_max-1) * largest**numbers_max < 2**31."
+        )
+
+
+def encode(example: dict, numbers_max: int) -> Encoded:
+    """Prompt, reference answer and the grader's data of one example.
+
+    data: numbers int32 [numbers_max], padded with 0; target int32 [].
+    """
+    given = np.asarray(example["numbers"], np.int32)
+    numbers = np.zeros(numbers_max, np.int32)
+    numbers[: len(given)] = given
+    solution = example["solution"]
+    solution = solution.decode() if isinstance(solution, bytes) else solution
+    return Encoded(
+        prompt=TOKENIZER.encode(f"{' '.join(map(str, given))}={example['target']}:"),
+        answer=TOKENIZER.encode(solution) + [TOKENIZER.eos_id],
+        data={"numbers": numbers, "target": np.asarray(example["target"], np.int32)},
+    )
+
+
+# The grader.
+
+
+class Frame(NamedTuple):
+    """An open parenthesis, or the whole answer: sum + term (* or /) the next factor."""
+
+    sum_num: jax.Array
+    sum_den: jax.Array
+    term_num: jax.Array  # carries the sign in front of the term
+    term_den: jax.Array
+    divide: jax.Array  # 1 where the next factor divides, 0 where it multiplies
+
+    def total(self) -> tuple[jax.Array, jax.Array]:
+        """Numerator and denominator of sum + term."""
+        cross = self.sum_num * self.term_den + self.term_num * self.sum_den
+        return cross, self.sum_den * self.term_den
+
+
+class Parser(NamedTuple):
+    """State between two tokens. D = S // 2 parentheses can be open, beside the whole answer."""
+
+    frame: Frame  # the innermost, [] each
+    outer: Frame  # those around it, [D] each; entry i was set aside when i were open
+    depth: jax.Array  # [], open parentheses
+    wants: jax.Array  # [] bool, an operand must come next
+    number: jax.Array  # [], of the digits read so far; 0 between numbers
+    uses: jax.Array  # [N], how often the number numbers[i] was used
+    good: jax.Array  # [] bool, nothing wrong so far
+
+
+def _frame(sum_num, sum_den, sign) -> Frame:
+    """A frame in which sum_num / sum_den and a sign were read, and nothing of the term."""
+    return Frame(*(jnp.asarray(x, jnp.int32) for x in (sum_num, sum_den, sign, 1, 0)))
+
+
+def _select(mask, x: Frame, y: Frame) -> Frame:
+    return jax.tree.map(functools.partial(jnp.where, mask), x, y)
+
+
+def _is_digit(token):
+    return (token >= ZERO) & (token < ZERO + 10)
+
+
+def _step(numbers: jax.Array, state: Parser, tokens: tuple) -> tuple[Parser, None]:
+    """Reads one token. numbers [N]; tokens: this one and the next, [] each."""
+    token, following = tokens
+    digit = _is_digit(token)
+    plus, minus, times, over = (token == t for t in (PLUS, MINUS, TIMES, OVER))
+    opens, closes = token == OPEN, token == CLOSE
+    operator = plus | minus | times | over
+
+    starts = digit & (state.number == 0)
+    ends = digit & ~_is_digit(following)
+    # Saturates: with largest**2 * 2 < 2**31 no given number is as large as the ceiling.
+    number = jnp.minimum(state.number * 10 + (token - ZERO), 10**8)
+    number = jnp.where(digit, number, 0)
+    same = numbers == number
+
+    # Spelled as one-hot masks: vmapped, a gather and a scatter take longer on CPU.
+    slot = jnp.arange(state.outer.divide.shape[0])
+    outside = jax.tree.map(
+        lambda x: jnp.sum(jnp.where(slot == state.depth - 1, x, 0)), state.outer
+    )
+    outer = _select((slot == state.depth) & opens, state.frame, state.outer)
+
+    # A number or a closed parenthesis is the next factor of a term.
+    total_num, total_den = state.frame.total()
+    frame = _select(closes, outside, state.frame)
+    factor = ends | closes
+    num = jnp.where(closes, total_num, number)
+    den = jnp.where(closes, total_den, 1)
+    divide = frame.divide == 1
+    frame = frame._replace(
+        term_num=jnp.where(factor, frame.term_num * jnp.where(divide, den, num), frame.term_num),
+        term_den=jnp.where(factor, frame.term_den * jnp.where(divide, num, den), frame.term_den),
+        divide=jnp.where(times | over, over.astype(jnp.int32), frame.divide),
+    )
+    frame = _select(plus | minus, _frame(total_num, total_den, jnp.where(minus, -1, 1)), frame)
+    frame = _select(opens, _frame(0, 1, 1), frame)
+
+    wrong = (
+        ~(digit | operator | opens | closes | (token == SPACE))
+        | ((starts | opens) & ~state.wants)
+        | ((operator | closes) & state.wants)
+        | (starts & (token == ZERO))
+        | (closes & (state.depth == 0))
+        | (ends & ~jnp.any(same))
+        | (factor & divide & (num == 0))
+    )
+    state = Parser(
+        frame=frame,
+        outer=outer,
+        depth=state.depth + opens - closes,
+        wants=(state.wants & ~digit) | operator | opens,
+        number=number,
+        uses=state.uses + (same & ends),
+        good=state.good & ~wrong,
+    )
+    return state, None
+
+
+def grade(tokens: jax.Array, length: jax.Array, data: dict[str, jax.Array]) -> jax.Array:
+    """1.0 where the answer uses every given number exactly once and equals the target, else 0.0.
+
+        expr = term {(+|-) term}    term = factor {(*|/) factor}    factor = number | ( expr )
+
+    No unary signs, no implied products, no leading zeros; spaces between tokens are allowed. A
+    missing EOS, a division by zero or any other token gives 0.
+
+    Exact in int32. With every given number at most M, a value made of k of them is kept as an
+    unreduced num/den with |num|, den's size <= 2**(k-1) * M**k: true of one number over 1, and
+    from parts of i and j numbers a product or quotient multiplies two entries, while a sum has
+    a*d + b*c, at most 2 * 2**(i-1) * M**i * 2**(j-1) * M**j; the frame's own 0/1 and 1/1 add
+    nothing. `check` keeps the bound for all N numbers below 2**31. So only an answer that uses
+    numbers not given, or too often, can wrap around, and `uses` fails it whatever its value.
+
+    Args:
+      tokens: int32 [S], the answer; only the first `length` are read.
+      length: int32 [], the answer's tokens, EOS included.
+      data: numbers int32 [N], padded with 0; target int32 [].
+
+    Returns:
+      float32 [].
+    """
+    numbers, size = data["numbers"], tokens.shape[0]
+    # A length of 0 leaves an empty text, one beyond S an EOS inside it: both wrong below.
+    terminated = tokens[jnp.clip(length - 1, 0, size - 1)] == TOKENIZER.eos_id
+    text = jnp.where(jnp.arange(size) < length - 1, tokens, SPACE)  # spaces change nothing
+
+    # An answer that opens more than S // 2 parentheses cannot close them within S tokens.
+    start = Parser(
+        frame=_frame(0, 1, 1),
+        outer=Frame(*[jnp.zeros(size // 2, jnp.int32)] * 5),
+        depth=jnp.int32(0),
+        wants=jnp.bool_(True),
+        number=jnp.int32(0),
+        uses=jnp.zeros_like(numbers),
+        good=jnp.bool_(True),
+    )
+    following = jnp.append(text[1:], SPACE)
+    end, _ = lax.scan(functools.partial(_step, numbers), start, (text, following))
+
+    given = jnp.sum(numbers[:, None] == numbers, axis=-1)
+    exactly_once = jnp.all((end.uses == given) | (numbers == 0))
+    num, den = end.frame.total()
+    # target * den could wrap around, a quotient cannot.
+    den = jnp.where(den == 0, 1, den)
+    reached = (lax.rem(num, den) == 0) & (lax.div(num, den) == data["target"])
+    closed = (end.depth == 0) & ~end.wants
+    return (terminated & end.good & closed & exactly_once & reached).astype(jnp.float32)
+
+
+# The puzzles.
+
+
+class Expression(NamedTuple):
+    """An integer, how to write it, and how tightly that holds: 1 a sum, 2 a product, 3 a number."""
+
+    value: int
+    text: str
+    rank: int
+
+
+def combine(left: Expression, operator: str, right: Expression) -> Expression | None:
+    """left operator right, with no parentheses to spare; None where it is no integer."""
+    match operator:
+        case "+":
+            value, rank = left.value + right.value, 1
+        case "-":
+            value, rank = left.value - right.value, 1
+        case "*":
+            value, rank = left.value * right.value, 2
+        case "/":
+            if right.value == 0 or left.value % right.value:
+                return None
+            value, rank = left.value // right.value, 2
+    # a-(b-c) and a/(b*c) need theirs; a+(b-c) and a*(b/c) do not.
+    strict = right.rank == rank and operator in "-/"
+    first = f"({left.text})" if left.rank < rank else left.text
+    second = f"({right.text})" if right.rank < rank or strict else right.text
+    return Expression(value, first + operator + second, rank)
+
+
+class Puzzle(NamedTuple):
+    numbers: tuple[int, ...]  # in the order of the prompt
+    target: int
+    solution: str
+
+
+@dataclasses.dataclass(eq=False)
+class Difficulty(tfds.core.BuilderConfig):
+    """What decides the examples; its name is their folder's."""
+
+    numbers_min: int = 0
+    numbers_max: int = 0
+    largest: int = 0
+    operators: str = ""
+    target_max: int = 0
+    train_size: int = 0
+    heldout_size: int = 0
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "Difficulty":
+        """The difficulty of a checked config."""
+        fields = {field: config[field] for field in cls.__annotations__}
+        fields["operators"] = "".join(o for o in OPERATORS if o in config.operators)
+        letters = fields["operators"].translate(str.maketrans(OPERATORS, "asmd"))
+        fields["name"] = (
+            f"{config.numbers_min}to{config.numbers_max}_largest{config.largest}_{letters}"
+            f"_target{config.target_max}_train{config.train_size}_heldout{config.heldout_size}"
+            f"_seed{config.seed}"
+        )
+        return cls(**fields)
+
+
+def draw(rng: random.Random, difficulty: Difficulty) -> Puzzle | None:
+    """A random expression over random numbers; None where its value is no target."""
+    count = rng.randint(difficulty.numbers_min, difficulty.numbers_max)
+    numbers = tuple(rng.randint(1, difficulty.largest) for _ in range(count))
+    parts = [Expression(x, str(x), 3) for x in rng.sample(numbers, count)]
+    while len(parts) > 1:
+        i = rng.randrange(len(parts) - 1)
+        joined = combine(parts[i], rng.choice(difficulty.operators), parts[i + 1])
+        if joined is None:
+            return None
+        parts[i : i + 2] = [joined]
+    if not 1 <= parts[0].value <= difficulty.target_max:
+        return None
+    return Puzzle(numbers, parts[0].value, parts[0].text)
+
+
+def puzzles(difficulty: Difficulty) -> tuple[list[Puzzle], list[Puzzle]]:
+    """The train and heldout puzzles; no two share both the target and the numbers, in any order.
+
+    Raises ValueError where too few are found in 100 attempts a puzzle (and 10,000 more).
+    """
+    rng = random.Random(difficulty.seed)
+    size = difficulty.train_size + difficulty.heldout_size
+    found: dict[tuple, Puzzle] = {}
+    for _ in range(100 * size + 10_000):
+        puzzle = draw(rng, difficulty)
+        if puzzle is not None:
+            found.setdefault((*sorted(puzzle.numbers), puzzle.target), puzzle)
+        if len(found) == size:
+            break
+    else:
+        raise ValueError(
+            f"train_size {difficulty.train_size} + heldout_size {difficulty.heldout_size} asks "
+            f"for {size} distinct puzzles and {len(found)} were found: lower the sizes or raise "
+            f"numbers_max, largest, target_max or the choice of operators."
+        )
+    # Common puzzles are found first: without a shuffle the splits would differ in kind.
+    chosen = list(found.values())
+    rng.shuffle(chosen)
+    return chosen[: difficulty.train_size], chosen[difficulty.train_size :]
+
+
+class Countdown(tfds.core.GeneratorBasedBuilder):
+    """The puzzles of one difficulty on disk."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    # What tfds would find itself, by way of a package that it does not install.
+    code_path = pathlib.Path(__file__)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict({
+            "numbers": tfds.features.Sequence(np.int32),
+            "target": np.int32,
+            "solution": tfds.features.Text(),
+        })
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        train, heldout = puzzles(self.builder_config)
+        return {
+            "train": self._generate_examples(train),
+            "heldout": self._generate_examples(heldout),
+        }
+
+    def _generate_examples(self, examples: list[Puzzle]):
+        for i, puzzle in enumerate(examples):
+            yield i, puzzle._asdict()
+
+
+def _prepared(difficulty: Difficulty, data_dir: str) -> Countdown:
+    """The builder of the difficulty, its examples written. Raises OSError where it cannot."""
+
+    def build():
+        # Only array_record is read without TensorFlow and with random access.
+        return Countdown(config=difficulty, data_dir=data_dir, file_format="array_record")
+
+    try:
+        builder = build()
+        try:
+            builder.download_and_prepare()
+        except OSError:
+            # Another process may have finished the same folder first.
+            builder = build()
+            if not os.path.exists(builder.data_path):
+                raise
+        return builder
+    except OSError as error:
+        raise OSError(
+            f"data_dir {os.fspath(data_dir)!r} cannot be written "
+            f"({error.strerror or error}): choose a folder that can."
+        ) from error

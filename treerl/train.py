@@ -1,0 +1,236 @@
+"""The host loop: warm start, training, evaluation, checkpoints, and the report at the end."""
+import functools
+import json
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from treerl import prompts as P
+from treerl import report, rewards, sharding, tasks
+from treerl import step as S
+from treerl.checkpoint import Checkpoints, abstract
+from treerl.evaluate import pass_at_k
+from treerl.metrics import MetricsFile
+from treerl.optimizer import make_optimizer
+
+
+class Experiment:
+    """A config built: its task, its functions compiled for the mesh, its held-out examples."""
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.mesh = sharding.make_mesh(**config.mesh)
+        self.task = tasks.make(config.task, os.path.expanduser(config.data_dir))
+        self.fns = S.make_fns(config, self.task, self.mesh)
+        self.knobs = jax.device_put(S.make_knobs(config, self.task), sharding.replicated(self.mesh))
+        trees, whole = sharding.trees(self.mesh), sharding.replicated(self.mesh)
+        self.trees = trees
+        self.shardings = S.state_shardings(self.fns)
+        self.init = jax.jit(functools.partial(S.init_state, self.fns), static_argnums=0, out_shardings=self.shardings)
+        self.train_step = jax.jit(
+            functools.partial(S.train_step, self.fns),
+            in_shardings=(self.shardings, trees, whole),
+            out_shardings=(self.shardings, whole),
+            donate_argnums=0,
+        )
+        self._evaluate = jax.jit(
+            functools.partial(S.evaluate_step, self.fns, samples=config.evaluation.samples),
+            in_shardings=(self.shardings.params, trees, whole, whole),
+            out_shardings=whole,
+        )
+        count = min(config.evaluation.examples, len(self.task.heldout))
+        batch = min(config.evaluation.batch, count)
+        shards = sharding.tree_shards(self.mesh)
+        if batch % shards or count % batch:
+            raise ValueError(
+                f"evaluation.batch={batch} must divide over {shards} shards and into the {count} held-out "
+                "examples used; change evaluation.batch or evaluation.examples."
+            )
+        self._heldout = [
+            self.prompts([self.task.heldout[i] for i in range(start, start + batch)], np.arange(start, start + batch))
+            for start in range(0, count, batch)
+        ]
+
+    def prompts(self, examples, index):
+        """Examples as prompts on the mesh."""
+        return P.to_device(P.encode(self.task, examples, index, self.config.sampler.prompt_length), self.trees)
+
+    def stream(self) -> P.Stream:
+        """The training examples of this seed."""
+        return P.Stream(self.task.train, self.config.seed)
+
+    def state_shape(self):
+        """The state as ShapeDtypeStructs with shardings, to restore into."""
+        return abstract(jax.eval_shape(lambda: S.init_state(self.fns, 0)), self.shardings)
+
+    def evaluate(self, params, seed: int = 0) -> dict:
+        """Unbiased pass@k on held-out examples for k = 1, 2, 4, ... up to the samples drawn."""
+        key, n = jax.random.key(seed), self.config.evaluation.samples
+        graded = [self._evaluate(params, batch, key, self.knobs) for batch in self._heldout]
+        correct = np.concatenate([np.sum(np.asarray(r) > 0.5, axis=1) for r in graded])
+        powers = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
+        return {f"pass@{k}": pass_at_k(correct, n, k) for k in powers}
+
+    def example_tree(self, params, number: int = 0) -> str:
+        """Grows, grades and prints the tree of one held-out example."""
+        count = sharding.tree_shards(self.mesh)
+        examples = [self.task.heldout[(number + i) % len(self.task.heldout)] for i in range(count)]
+        prompts = self.prompts(examples, np.arange(count))
+
+        def grow(params, prompts, knobs):
+            tree, _ = S.rollout(self.fns, params, prompts, jax.random.key(0), self.config.steps, knobs)
+            reward = rewards.grade(tree, prompts.data, self.fns.grader)
+            return tree, reward, S.estimate(self.fns, tree, reward)[0]
+
+        tree, reward, credit = jax.tree.map(lambda x: np.asarray(x[0]), jax.jit(grow)(params, prompts, self.knobs))
+        if credit.ndim == 1:  # leaf credit: show it at the leaf's own cells
+            credit = np.asarray(jax.jit(S.T.up)(tree, credit / 1.0))
+        text = self.task.tokenizer.decode(np.asarray(prompts.token[0])[: int(prompts.length[0])])
+        decode = self.task.tokenizer.decode
+        return text + "\n" + report.format_tree(tree, decode, reward=reward, advantage=credit)
+
+
+def warm_start(experiment: Experiment, state, progress):
+    """Supervised learning on a small fixed set of solutions, until held-out pass@1 stops rising.
+
+    Returns (state with the best parameters seen and a fresh optimizer, list of dicts of
+    step, loss and pass@k).
+    """
+    config = experiment.config.warm_start
+    if not config.steps:
+        return state, []
+    optimizer = ConfigDict(dict(experiment.config.optimizer, learning_rate=config.learning_rate, schedule="constant"))
+    fns = experiment.fns._replace(optimizer=make_optimizer(optimizer, config.steps))
+    shardings = S.state_shardings(fns)
+    update = jax.jit(
+        functools.partial(S.supervised_step, fns),
+        in_shardings=(shardings, *[experiment.trees] * 3),
+        out_shardings=(shardings, sharding.replicated(experiment.mesh)),
+        donate_argnums=0,
+    )
+    state = jax.jit(functools.partial(S.restart, fns), out_shardings=shardings)(state)
+    stream = P.Stream([experiment.task.train[i] for i in range(min(config.examples, len(experiment.task.train)))], experiment.config.seed)
+    curve, best, best_params, since, losses = [], -1.0, None, 0, []
+    for number in tqdm(range(1, config.steps + 1), desc="warm start", disable=not progress):
+        examples, index = stream.examples((number - 1) * config.batch, config.batch)
+        answer = P.encode_answers(experiment.task, examples, experiment.config.sampler.answer_length)
+        state, metrics = update(state, experiment.prompts(examples, index), *P.to_device(answer, experiment.trees))
+        losses.append(metrics["loss"])
+        if number % config.eval_every == 0 or number == config.steps:
+            scores = experiment.evaluate(state.params)
+            curve.append(dict(step=number, loss=float(np.mean(jax.device_get(losses))), **scores))
+            losses, since = [], since + 1
+            if scores["pass@1"] > best:
+                best, since = scores["pass@1"], 0
+                best_params = jax.tree.map(jnp.copy, state.params)
+            if since >= config.patience:
+                break
+    state = state.replace(params=best_params)
+    finish = jax.jit(functools.partial(S.restart, experiment.fns), out_shardings=experiment.shardings)
+    return finish(state), curve
+
+
+def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict:
+    """Runs an experiment to its end, from its last checkpoint if there is one.
+
+    Writes config.json, metrics.jsonl, checkpoints/ and report.html into workdir. Lines of
+    metrics.jsonl after the restored checkpoint are dropped and written again, with the same
+    numbers apart from times.
+
+    Returns:
+      The summary: steps, train_seconds, and pass@1 and the largest pass@k before and after.
+    """
+    begin = time.monotonic()
+    os.makedirs(workdir, exist_ok=True)
+    with open(os.path.join(workdir, "config.json"), "w", encoding="utf-8") as file:
+        file.write(config.to_json_best_effort(indent=2))
+    experiment = Experiment(config)
+    stream = experiment.stream()
+    with Checkpoints(workdir) as checkpoints:
+        restored = checkpoints.restore_latest(experiment.state_shape())
+        if restored:
+            _, state, extra = restored
+        else:
+            state, curve = warm_start(experiment, experiment.init(config.seed), progress)
+            before = curve_best(curve) or experiment.evaluate(state.params)
+            extra = dict(warm_start=curve, before=before, seconds=0.0)
+            checkpoints.save(0, state, extra=extra, metric=before["pass@1"])
+        start = int(state.step)
+        spent = extra["seconds"]  # by earlier processes of this run
+        with MetricsFile(os.path.join(workdir, "metrics.jsonl"), start) as metrics_file:
+            bar = tqdm(total=config.steps, initial=start, desc="train", disable=not progress)
+            scores, position = extra["before"], int(state.position)
+            for number in range(start + 1, config.steps + 1):
+                tick = time.monotonic()
+                examples, index = stream.examples(position, config.sampler.prompts)
+                state, metrics = experiment.train_step(state, experiment.prompts(examples, index), experiment.knobs)
+                position += config.sampler.prompts
+                metrics = jax.device_get(metrics)
+                last = number == config.steps
+                if number % config.evaluation.every == 0 or last:
+                    scores = experiment.evaluate(state.params)
+                    metrics = dict(metrics, **scores)
+                    bar.set_postfix({"reward": f"{metrics['reward']:.3f}", "pass@1": f"{scores['pass@1']:.3f}"})
+                metrics_file.write(number, dict(metrics, seconds=time.monotonic() - tick))
+                if number % config.checkpoint_every == 0 or last:
+                    extra = dict(extra, after=scores, seconds=spent + time.monotonic() - begin)
+                    checkpoints.save(number, state, extra=extra, metric=scores["pass@1"])
+                bar.update()
+            bar.close()
+    seconds = spent + time.monotonic() - begin
+    after = extra.get("after", extra["before"])
+    top = f"pass@{config.evaluation.samples}"
+    summary = dict(steps=config.steps, train_seconds=round(seconds, 1))
+    for name in ("pass@1", top):
+        summary |= {f"{name}_before": extra["before"][name], f"{name}_after": after[name]}
+    write_report(experiment, state, workdir, extra["warm_start"], extra["before"], after)
+    return summary
+
+
+def curve_best(curve: list[dict]) -> dict | None:
+    """The scores of the best evaluation of a warm start, first of equals; None without any."""
+    if not curve:
+        return None
+    best = max(curve, key=lambda line: line["pass@1"])
+    return {name: value for name, value in best.items() if name.startswith("pass@")}
+
+
+def write_report(experiment: Experiment, state, workdir: str, curve, before: dict, after: dict) -> None:
+    """Writes report.html from metrics.jsonl and a tree of the final policy."""
+    from treerl import metrics
+
+    report.write_report(
+        os.path.join(workdir, "report.html"),
+        title=os.path.basename(os.path.abspath(workdir)),
+        config_text=experiment.config.to_json_best_effort(indent=2),
+        history=metrics.read(os.path.join(workdir, "metrics.jsonl")),
+        warmup=curve,
+        before=before,
+        after=after,
+        tree_text=experiment.example_tree(state.params),
+    )
+
+
+def load(workdir: str, *, best: bool = False) -> tuple[Experiment, object, int]:
+    """Rebuilds the experiment of a workdir and restores its latest (or best) checkpoint.
+
+    Returns:
+      (experiment, state, step).
+    """
+    path = os.path.join(workdir, "config.json")
+    if not os.path.exists(path):
+        raise ValueError(f"workdir={workdir} has no config.json; give the workdir of a run made by launch.train.")
+    with open(path, encoding="utf-8") as file:
+        experiment = Experiment(ConfigDict(json.load(file)))
+    checkpoints = Checkpoints(workdir, read_only=True)
+    restore = checkpoints.restore_best if best else checkpoints.restore_latest
+    restored = restore(experiment.state_shape())
+    if restored is None:
+        raise ValueError(f"workdir={workdir} has no checkpoint yet; wait for the first or train longer.")
+    step, state, _ = restored
+    return experiment, state, step

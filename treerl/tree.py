@@ -1,0 +1,245 @@
+"""The tree as a grid, and the two sweeps from which all of its algebra is made.
+
+Rows are depth below the prompt, columns are slots; the parent of a cell lies in the row above.
+All functions take ONE tree (no batch axis); callers vmap. Derived quantities are functions,
+not fields, so there is nothing to keep in step.
+"""
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from treerl import masked
+
+NONE = -1  # no parent, no leaf, no cell
+
+# source of a token
+SAMPLED, FORCED = 0, 1
+# end of a line; PRUNED and above say why it was pruned
+RUNNING, FINISHED, TRUNCATED, CUT, SIMILAR = 0, 1, 2, 3, 4
+PRUNED = SIMILAR
+
+
+@chex.dataclass(frozen=True)
+class Tree:
+    """A tree of continuations of one prompt; batched trees have B in front of every field."""
+
+    token: jax.Array  # [S, K] int32
+    parent: jax.Array  # [S, K] int32, column in the row above; -1 in row 0 (the prompt)
+    used: jax.Array  # [S, K] bool, a token was written
+    source: jax.Array  # [S, K] int8, SAMPLED or FORCED (by a branching rule)
+    end: jax.Array  # [S, K] int8, RUNNING (no end here), FINISHED, TRUNCATED, CUT, or why pruned
+    entropy: jax.Array  # [S, K] float32, nats, of the tempered policy the token was drawn from
+    logp_behavior: jax.Array  # [S, K] float32, under the distribution sampled from; 0 if forced
+    logp_policy: jax.Array  # [S, K] float32, under the tempered, untruncated policy
+    leaf: jax.Array  # [L, 2] int32, (row, column) of each graded end; -1 where missing
+    leaf_path: jax.Array  # [L, S] int32, column of each ancestor of the leaf; -1 below it
+
+
+def leaf_valid(tree: Tree) -> jax.Array:
+    """Which entries of the leaf table hold a leaf: bool [L]."""
+    return tree.leaf[:, 0] >= 0
+
+
+def leaf_length(tree: Tree) -> jax.Array:
+    """Number of tokens from the prompt to each leaf, the leaf included: int32 [L]."""
+    return tree.leaf[:, 0] + 1
+
+
+def _through(tree: Tree) -> jax.Array:
+    """Whether leaf l stands on cell (s, k): bool [L, S, K]; XLA fuses it into what reads it."""
+    columns = jnp.arange(tree.token.shape[1])
+    return tree.leaf_path[:, :, None] == columns
+
+
+def up(tree: Tree, x: jax.Array) -> jax.Array:
+    """Sums a leaf value into every cell at or above the leaf: x [L, ...] -> [S, K, ...].
+
+    Adjoint to `down`. Written as a fused comparison and reduction instead of a scan over rows:
+    no scatter (so the order of addition is fixed on every device) and no serial chain of S steps.
+    """
+    on = _through(tree)
+    on = on.reshape(on.shape + (1,) * (x.ndim - 1))
+    return jnp.sum(jnp.where(on, x[:, None, None], 0), axis=0)
+
+
+def down(tree: Tree, y: jax.Array) -> jax.Array:
+    """Sums cell values along the path of every leaf: y [S, K] -> [L]."""
+    return jnp.sum(along(tree, y), axis=1)
+
+
+def along(tree: Tree, y: jax.Array) -> jax.Array:
+    """Reads cell values along the path of every leaf: y [S, K] -> [L, S], 0 below the leaf."""
+    rows = jnp.arange(y.shape[0])
+    values = y[rows[None], jnp.maximum(tree.leaf_path, 0)]
+    return jnp.where(tree.leaf_path >= 0, values, 0)
+
+
+def leaf_count(tree: Tree) -> jax.Array:
+    """Number of leaves at or below each cell: int32 [S, K]."""
+    return up(tree, leaf_valid(tree).astype(jnp.int32))
+
+
+def kept(tree: Tree) -> jax.Array:
+    """Cells with a leaf at or below them, the only ones that are trained on: bool [S, K]."""
+    return jnp.any(_through(tree), axis=0)
+
+
+def children(tree: Tree) -> tuple[jax.Array, jax.Array]:
+    """Number of kept children: of the prompt, int32 [], and of each cell, int32 [S, K]."""
+    is_kept = kept(tree)
+    below = jnp.concatenate([is_kept[1:], jnp.zeros_like(is_kept[:1])])
+    parent = jnp.concatenate([tree.parent[1:], jnp.full_like(tree.parent[:1], NONE)])
+    columns = jnp.arange(is_kept.shape[1])
+    count = jnp.sum(below[:, :, None] & (parent[:, :, None] == columns), axis=1)
+    return jnp.sum(is_kept[0]), count
+
+
+def forks(tree: Tree) -> tuple[jax.Array, jax.Array]:
+    """Whether the prompt, bool [], and each cell, bool [S, K], has two or more kept children."""
+    root, count = children(tree)
+    return root >= 2, count >= 2
+
+
+def depth(tree: Tree) -> tuple[jax.Array, jax.Array]:
+    """Forks survived: of every kept cell, int32 [S, K] (0 elsewhere), and every leaf, int32 [L].
+
+    The depth of a cell is the number of its strict ancestors, the prompt included, that have
+    two or more kept children: after a fork both lines are one deeper, and a fork of which one
+    line was pruned does not count.
+    """
+    root, fork = forks(tree)
+    forked = along(tree, fork.astype(jnp.int32))  # [L, S]
+    above = root.astype(jnp.int32) + jnp.cumsum(forked, axis=1) - forked  # strict ancestors
+    cell = jnp.max(jnp.where(_through(tree), above[:, :, None], 0), axis=0)
+    last = jnp.maximum(tree.leaf[:, 0], 0)
+    leaf = jnp.take_along_axis(above, last[:, None], axis=1)[:, 0]
+    return cell, jnp.where(leaf_valid(tree), leaf, 0)
+
+
+def node_heads(tree: Tree) -> jax.Array:
+    """The first cell of every node, a node being a chain of kept cells between forks: bool [S, K]."""
+    root, fork = forks(tree)
+    above = jnp.take_along_axis(fork[:-1], jnp.maximum(tree.parent[1:], 0), axis=1)
+    start = jnp.concatenate([jnp.ones_like(fork[:1]), above])
+    return kept(tree) & start
+
+
+def spread(
+    tree: Tree,
+    *,
+    leaf_credit: jax.Array | None = None,
+    cell_credit: jax.Array | None = None,
+    leaf_weight: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Turns credit into the three numbers per cell that packing and losses read.
+
+    The clipped objective of a token shared by leaves with credits A_k is exactly
+        sum_k w_k min(r A_k, clip(r) A_k) = A+ min(r, 1 + eps) + A- max(r, 1 - eps),
+    so a cell needs the weighted sums of positive and of negative credit, and its weight.
+
+    Args:
+      leaf_credit: [L], counted once for every leaf at or below a cell, or
+      cell_credit: [S, K], counted once a cell.
+      leaf_weight: [L], weight of each token of a leaf (1 by default: every token of every
+        rollout counts alike; 1 / length gives every rollout the same). With cell credit, a
+        cell weighs 1 whatever the number of leaves below, or up(leaf_weight) when given.
+
+    Returns:
+      (positive, negative, weight), each float32 [S, K], zero outside `kept`.
+    """
+    if (leaf_credit is None) == (cell_credit is None):
+        raise ValueError("spread: give leaf_credit or cell_credit, and not both.")
+    if cell_credit is not None:
+        weight = kept(tree).astype(jnp.float32) if leaf_weight is None else up(tree, leaf_weight)
+        weight = jnp.where(kept(tree), weight, 0)
+        credit = jnp.where(kept(tree), cell_credit, 0)
+        return weight * jnp.maximum(credit, 0), weight * jnp.minimum(credit, 0), weight
+    weight = jnp.ones(leaf_credit.shape) if leaf_weight is None else leaf_weight
+    weight = jnp.where(leaf_valid(tree), weight, 0)
+    credit = jnp.where(leaf_valid(tree), leaf_credit, 0)
+    return (
+        up(tree, weight * jnp.maximum(credit, 0)),
+        up(tree, weight * jnp.minimum(credit, 0)),
+        up(tree, weight),
+    )
+
+
+def paths(parent: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Follows parents upwards from each leaf: parent [S, K], leaf [L, 2] -> leaf_path [L, S]."""
+
+    def step(column, row):
+        column = jnp.where(leaf[:, 0] == row, leaf[:, 1], column)
+        above = jnp.where(column >= 0, parent[row, jnp.maximum(column, 0)], NONE)
+        return above, column
+
+    rows = jnp.arange(parent.shape[0])
+    _, path = jax.lax.scan(step, jnp.full(leaf.shape[:1], NONE, leaf.dtype), rows, reverse=True)
+    return path.T
+
+
+def from_parents(parent, used, leaves, **fields) -> Tree:
+    """Builds one tree by hand.
+
+    Args:
+      parent: [S, K] int, column of the parent in the row above; ignored in row 0.
+      used: [S, K] bool.
+      leaves: [L, 2] int, (row, column) of each end, -1 where missing.
+      **fields: any other field of Tree; tokens default to 0, ends of leaves to FINISHED.
+    """
+    parent = jnp.asarray(parent, jnp.int32).at[0].set(NONE)
+    used = jnp.asarray(used, bool)
+    leaf = jnp.asarray(leaves, jnp.int32).reshape(-1, 2)
+    chex.assert_equal_shape([parent, used])
+    zero = jnp.zeros(parent.shape, jnp.float32)
+    rows = jnp.where(leaf[:, 0] >= 0, leaf[:, 0], parent.shape[0])  # out of range: dropped
+    ends = jnp.zeros(parent.shape, jnp.int8).at[rows, leaf[:, 1]].set(FINISHED, mode="drop")
+    default = dict(
+        token=zero.astype(jnp.int32), parent=jnp.where(used, parent, NONE), used=used,
+        source=zero.astype(jnp.int8), end=ends, entropy=zero, logp_behavior=zero,
+        logp_policy=zero, leaf=leaf, leaf_path=paths(parent, leaf),
+    )  # fmt: skip
+    return Tree(**{**default, **fields})
+
+
+def check(tree: Tree) -> None:
+    """Asserts the invariants of one tree, on the host; raises ValueError naming the first broken.
+
+    A used cell below row 0 of a kept path has a used parent; every leaf is FINISHED or TRUNCATED,
+    in range, and no two leaves share a cell or lie on each other's path; leaf_path follows the
+    parents; log-probs of kept cells are finite and not positive; sources and ends are known.
+    """
+    t = jax.tree.map(np.asarray, tree)
+    rows, slots = t.token.shape
+
+    def require(ok, what):
+        if not np.all(ok):
+            raise ValueError(f"Tree: {what}.")
+
+    require((t.parent >= NONE) & (t.parent < slots), "a parent column is out of range")
+    require(t.parent[0] == NONE, "a cell of row 0 has a parent other than the prompt")
+    require(np.isin(t.source, (SAMPLED, FORCED)), "unknown source")
+    valid = t.leaf[:, 0] >= 0
+    require((t.leaf[valid] >= 0) & (t.leaf[valid] < (rows, slots)), "a leaf is out of range")
+    ends = t.end[t.leaf[valid, 0], t.leaf[valid, 1]]
+    require(np.isin(ends, (FINISHED, TRUNCATED)), "a leaf is neither FINISHED nor TRUNCATED")
+    require(len({tuple(x) for x in t.leaf[valid]}) == valid.sum(), "two leaves share a cell")
+    want = np.asarray(paths(jnp.asarray(t.parent), jnp.asarray(t.leaf)))
+    require(t.leaf_path == want, "leaf_path does not follow the parents")
+    seen = np.zeros((rows, slots), bool)
+    for (row, column), path in zip(t.leaf[valid], t.leaf_path[valid]):
+        on = np.arange(row + 1), path[: row + 1]
+        require(path[: row + 1] >= 0, "a path to a leaf is broken")
+        require(t.used[on], "a path to a leaf crosses an unused cell")
+        require(t.end[on][:-1] == RUNNING, "a line goes on below its end")
+        seen[on] = True
+    require(np.isfinite(t.logp_behavior[seen]) & (t.logp_behavior[seen] <= 1e-5), "logp_behavior is not a log-prob")
+    require(np.isfinite(t.logp_policy[seen]) & (t.logp_policy[seen] <= 1e-5), "logp_policy is not a log-prob")
+    forced = seen & (t.source == FORCED)
+    require(t.logp_behavior[forced] == 0, "a forced token has a behaviour log-prob other than 0")
+
+
+def token_count(tree: Tree) -> tuple[jax.Array, jax.Array]:
+    """(unique tokens on paths to leaves, tokens of the flattened rollouts), each int32 []."""
+    lengths = masked.total(leaf_length(tree), leaf_valid(tree))
+    return jnp.sum(kept(tree)), lengths

@@ -1,0 +1,113 @@
+"""Shared containers and the glossary of axis letters.
+
+    B  trees (one a prompt)            V  vocabulary
+    S  rows: depth below the prompt    D  width of the model
+    K  columns: slots                  H  query heads      G  key/value heads
+    L  leaves of a tree                C  tokens of a bin  P  prompt positions
+    M  children a fork may get         N  bins             E  end-of-sequence ids
+"""
+from typing import Any, Callable, NamedTuple
+
+import chex
+import jax
+
+Params = Any  # nested dict of arrays
+
+
+@chex.dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts, right-padded."""
+
+    token: jax.Array  # [B, P] int32
+    length: jax.Array  # [B] int32, at least 1
+    index: jax.Array  # [B] int32, position in the stream of examples: part of the random key
+    data: Any  # pytree of [B, ...]: what the task's grader needs
+
+
+@chex.dataclass(frozen=True)
+class TrainState:
+    """Everything that decides the next step; restoring it replays the same numbers."""
+
+    params: Params
+    opt_state: Any
+    reference: Params  # frozen policy of the KL term, None without one
+    step: jax.Array  # [] int32, number of updates of the policy by reinforcement learning
+    key: jax.Array  # [2] uint32, the run's random key (constant; steps fold their number in)
+    position: jax.Array  # [] int32, number of examples drawn from the stream so far
+
+
+class Policy(NamedTuple):
+    """What the sampler needs of a model. Both functions close over the parameters.
+
+    prefill(token [B, P], length [B]) -> (logits [B, V], cache): the distribution of the first
+        token, and whatever `decode` needs.
+    decode(cache, token, row, path, write, rows) -> (logits [B, K, V], cache): the distribution
+        after each slot's head. token [B, K] is the head's token, row [B, K] its row, path
+        [B, K, S] the column of each of its ancestors and itself, write [B, K] whether its keys
+        and values are new; rows (static) bounds every row in use.
+    """
+
+    prefill: Callable
+    decode: Callable
+
+
+FREE, ACTIVE, DONE = 0, 1, 2  # status of a slot; DONE holds a leaf and stays taken
+
+
+@chex.dataclass(frozen=True)
+class Lines:
+    """What the sampler knows of each slot's line, as branching and pruning rules see it."""
+
+    status: jax.Array  # [B, K] int32, FREE, ACTIVE or DONE
+    cursor: jax.Array  # [B, K] int32, the next row to write; the head lies one above
+    path: jax.Array  # [B, K, S] int32, column of each cell of the line, -1 from the cursor on
+    birth: jax.Array  # [B, K] int32, row of the line's first own token
+    parent: jax.Array  # [B, K] int32, slot of the line it forked from, -1 if from the prompt
+    may_fork: jax.Array  # [B, K] bool
+    started: jax.Array  # [B, K] int32, how often the slot was started by a draw
+    key: jax.Array  # [B, K, 2] uint32, the line's identity in the random stream
+
+
+class Frontier(NamedTuple):
+    """What a branching rule sees at one iteration of the sampler."""
+
+    lines: Lines
+    logits: jax.Array  # [B, K, V] float32, untempered
+    drawn: jax.Array  # [B, K] int32, the token sampled for each active line
+    entropy: jax.Array  # [B, K] float32, nats, of the tempered distribution
+    free: jax.Array  # [B, K] int32, first row the slot may be reborn at; S + 1 if it is taken
+    iteration: jax.Array  # [] int32
+
+
+class Births(NamedTuple):
+    """Lines that a branching rule starts in free slots."""
+
+    line: jax.Array  # [B, K] int32, slot of the line whose path is copied; -1 for no birth
+    row: jax.Array  # [B, K] int32, row of the cell forked at, on that line; -1 is the prompt
+    token: jax.Array  # [B, K] int32, forced first token (the cell must be the line's head now),
+    #                   or -1: the newborn decodes that cell and draws at the next iteration
+    may_fork: jax.Array  # [B, K] bool
+
+
+class Branching(NamedTuple):
+    """A branching rule.
+
+    start(B, K) -> (bool [B, K] lines that start at the prompt, bool [B, K] which may fork).
+    step(Frontier) -> (token [B, K], Births): the token each active line takes, -1 for the one
+        drawn, and the lines to start.
+    """
+
+    start: Callable
+    step: Callable
+
+
+class Pruning(NamedTuple):
+    """A pruning rule, a pair of functions around a memory of its own.
+
+    start(B, K) -> memory.
+    step(memory, Lines, token [B, S, K]) -> (reason [B, K] int8, 0 to go on, memory); a DONE line
+        can be pruned too, and is then no leaf.
+    """
+
+    start: Callable
+    step: Callable
