@@ -122,7 +122,7 @@ def test_arrays_of_another_tree_are_an_error():
         report.format_tree(tree, to_text, reward=reward, advantage=advantage[None])
 
 
-EVIL = '<script>alert("1")</script> & {x} $y'
+EVIL = '<script>alert("1")</script> & {x} $y_1$'
 
 
 def write(path, **changes):
@@ -154,14 +154,21 @@ def test_report_escapes_everything(tmp_path):
         history=[{"step": i, "reward" + EVIL: float(i)} for i in range(3)],
     )
     assert "<script" not in page
-    escaped = "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; {x} $y"
-    assert page.count(escaped) >= 5  # title, heading, configuration, tree, table
+    escaped = "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; {x} $y_1$"
+    assert page.count(escaped) == 6  # title, heading, configuration, tree, twice in the table
+    assert "&amp; {x} $y_1$</text>" in page  # In the picture, and no TeX.
 
 
 def test_report_draws_the_metrics_that_exist(tmp_path):
     history = [
         {"step": 1, "reward": 0.1, "sample/entropy": 1.0, "unknown": 3.0, "kl": None},
-        {"step": 2, "reward": 0.2, "sample/entropy": float("nan"), "eval/pass@4": 0.5},
+        {
+            "step": 2,
+            "reward": 0.2,
+            "sample/entropy": float("nan"),
+            "eval/pass@4": 0.5,
+            "kl": np.nan,
+        },
     ]
     warmup = [{"step": 0, "loss": 2.0, "pass@1": 0.0}, {"step": 10, "loss": 1.0, "pass@1": 0.1}]
     page = write(tmp_path / "new" / "report.html", history=history, warmup=warmup)

@@ -77,8 +77,8 @@ def default() -> ConfigDict:
     )
     config.learner = ConfigDict(
         dict(
-            bin_tokens=256,  # C: tokens that attend together
-            bins_per_step=4,  # microbatch: bins of one forward and backward pass, per shard
+            bin_tokens=128,  # C: tokens that attend together
+            bins_per_step=8,  # microbatch: bins of one forward and backward pass, per shard
             epochs=1,  # updates on the same trees
             clip_low=0.2,
             clip_high=0.2,

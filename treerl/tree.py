@@ -165,6 +165,7 @@ def spread(
     )
 
 
+@jax.jit
 def paths(parent: jax.Array, leaf: jax.Array) -> jax.Array:
     """Follows parents upwards from each leaf: parent [S, K], leaf [L, 2] -> leaf_path [L, S]."""
 

@@ -28,10 +28,10 @@ def make_policy(model: Model, params: Params, *, slots: int, rows: int) -> Polic
     def decode(cache, token, row, path, write, rows):
         length, caches = cache
         attend = attention.pool(length, row, path, write, rows)
-        x, position = module.embed(token), length[:, None] + row
+        x, angles = module.embed(token), module.angles(length[:, None] + row)
         new = []
         for block, cache in zip(layers, caches):
-            x, cache = block(x, position, attend, cache)
+            x, cache = block(x, angles, attend, cache)
             new.append(cache)
         return module.logits(module.final_norm(x)), (length, new)
 

@@ -59,11 +59,19 @@ class RMSNorm(nnx.Module):
         return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
-def rotate(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding, halves convention: x [B, T, H, d], position [B, T]."""
-    half = x.shape[-1] // 2
+def rotary(position: jax.Array, size: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of the rotary angles: position [B, T] -> two of float32 [B, T, 1, size / 2].
+
+    Computed once a forward, behind a barrier: fused into every use they cost more than the layers.
+    """
+    half = size // 2
     angle = position[..., None, None] * theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary position embedding, halves convention: x [B, T, H, d], angles of `rotary`."""
+    cos, sin = angles
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
@@ -90,15 +98,15 @@ class Block(nnx.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c), RMSNorm(c.head_dim, c)
 
-    def __call__(self, x, position, attend, cache):
-        """x [B, T, D], position [B, T] -> (x, cache) of this layer."""
+    def __call__(self, x, angles, attend, cache):
+        """x [B, T, D], angles of `rotary` -> (x, cache) of this layer."""
         c, h = self.config, self.attention_norm(x)
         q, k, v = (jnp.einsum("btd,dhk->bthk", h, w[...]) for w in (self.q, self.k, self.v))
         if c.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, position, c.rope_theta), rotate(k, position, c.rope_theta)
+        q, k = rotate(q, angles), rotate(k, angles)
         attended, cache = attend(q, k, v, cache)
         x = x + jnp.einsum("bthk,hkd->btd", attended, self.out[...])
         h = self.mlp_norm(x)
@@ -123,6 +131,10 @@ class Transformer(nnx.Module):
         """token [B, T] -> [B, T, D]."""
         return self.embedding[...][token].astype(self.config.dtype)
 
+    def angles(self, position):
+        """Rotary angles of positions [B, T], for the blocks."""
+        return rotary(position, self.config.head_dim, self.config.rope_theta)
+
     def __call__(self, token, position, attend, caches=None, *, remat=False):
         """Runs all layers by a scan.
 
@@ -135,10 +147,11 @@ class Transformer(nnx.Module):
           (hidden [B, T, D], normalised and ready for `logits`; caches with a layer axis).
         """
         definition, weights = nnx.split(self.blocks)
+        angles = self.angles(position)
 
         def layer(x, inputs):
             weights, cache = inputs
-            return nnx.merge(definition, weights)(x, position, attend, cache)
+            return nnx.merge(definition, weights)(x, angles, attend, cache)
 
         layer = jax.checkpoint(layer) if remat else layer
         x, caches = jax.lax.scan(layer, self.embed(token), (weights, caches))

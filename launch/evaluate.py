@@ -1,0 +1,29 @@
+"""Evaluates a checkpoint on the held-out split.
+
+python -m launch.evaluate --workdir=DIR [--best]
+
+Prints one JSON line on standard output: the checkpoint's step and unbiased pass@k for k = 1, 2,
+4, ... up to the samples drawn for each example (evaluation.samples of the run's config).
+"""
+import json
+import sys
+
+from absl import app, flags
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run made by launch.train.")
+_BEST = flags.DEFINE_bool("best", False, "The checkpoint with the best held-out pass@1, not the latest.")
+flags.mark_flag_as_required("workdir")
+
+
+def main(_):
+    from treerl.train import load  # after the flags: a wrong one must not cost the import of jax
+
+    try:
+        experiment, state, step = load(_WORKDIR.value, best=_BEST.value)
+    except ValueError as error:
+        sys.exit(str(error))  # to standard error, exit status 1
+    print(json.dumps(dict(step=step, **experiment.evaluate(state.params))))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,380 @@
+"""Meshes and shardings: loud on mistakes; the numbers of a step depend neither on devices nor bins.
+
+Run as a program it takes the step on simulated devices, see `test_devices_do_not_change_the_step`.
+"""
+import contextlib
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from treerl import prompts as P
+from treerl import sharding
+from treerl import step as S
+from treerl.config import default
+from treerl.tasks import Encoded, Task
+from treerl.tokenizers import CharTokenizer
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MESHES = {"data=4, fsdp=2": dict(data=4, fsdp=2), "data=2, fsdp=2, tensor=2": dict(data=2, fsdp=2, tensor=2)}
+
+# --- a step small enough to compile in seconds ------------------------------------------------
+
+
+def tiny_task() -> Task:
+    """Examples are (letters, wanted letter); an answer is worth its share of that letter."""
+    tokenizer = CharTokenizer("abcdefghij")
+
+    def encode(example):
+        letters, wanted = example
+        return Encoded(
+            prompt=tokenizer.encode(letters),
+            answer=tokenizer.encode(wanted) + [tokenizer.eos_id],
+            data={"wanted": np.int32(tokenizer.encode(wanted)[0])},
+        )
+
+    def grade(tokens, length, data):
+        inside = jnp.arange(tokens.shape[0]) < length
+        return jnp.sum((tokens == data["wanted"]) & inside) / jnp.maximum(length, 1).astype(jnp.float32)
+
+    rng = np.random.default_rng(0)
+    word = lambda: "".join(rng.choice(list("abcdefghij"), rng.integers(1, 5)))
+    examples = [(word(), str(rng.choice(list("abc")))) for _ in range(16)]
+    return Task(tokenizer=tokenizer, train=examples, heldout=examples, encode=encode, grade=grade)
+
+
+def tiny_config(**learner):
+    config = default()
+    config.model.update(dict(layers=1, width=16, heads=4, kv_heads=2, head_dim=4, hidden=16))
+    config.sampler.update(dict(prompts=8, slots=4, prompt_length=4, answer_length=8, segment=4))
+    config.branching.update(dict(tau_abs=0.02, tau_rel=0.9, fill_after=3))  # forks in a random policy
+    config.pruning.update(dict(windows=(2, 4), tau_ed=0.6))
+    config.learner.update(dict(dict(bin_tokens=24, bins_per_step=2), **learner))
+    return config
+
+
+def one_device() -> Mesh:
+    return Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
+
+
+class Tiny:
+    """The tiny step, jitted for a mesh as `train.Experiment` does.
+
+    The optimizer is momentum without decay or clipping, so that its state after the first step is
+    the gradient. (Adam's first update is nearly the gradient's sign, which rounding can turn.)
+    """
+
+    def __init__(self, mesh: Mesh, **learner):
+        config, self.task = tiny_config(**learner), tiny_task()
+        self.fns = S.make_fns(config, self.task, mesh, optimizer=optax.sgd(0.1, momentum=0.9))
+        self.trees, self.whole = sharding.trees(mesh), sharding.replicated(mesh)
+        self.shardings = S.state_shardings(self.fns)
+        self.knobs = jax.device_put(S.make_knobs(config, self.task), self.whole)
+        self.step = jax.jit(
+            functools.partial(S.train_step, self.fns),
+            in_shardings=(self.shardings, self.trees, self.whole),
+            out_shardings=(self.shardings, self.whole),
+            donate_argnums=0,
+        )
+        self.width = config.sampler.prompt_length
+
+    def state(self, seed=0):
+        return jax.device_put(S.init_state(self.fns, seed), self.shardings)
+
+    def prompts(self, start=0):
+        index = np.arange(start, start + 8)
+        return P.to_device(P.encode(self.task, [self.task.train[i] for i in index], index, self.width), self.trees)
+
+
+def with_trees():
+    """Has the step return its trees and rewards beside its metrics."""
+    original = S.describe
+    more = lambda tree, reward, stats: dict(original(tree, reward, stats), tree=tree, graded=reward)
+    return mock.patch.object(S, "describe", more)
+
+
+def numbers(state, metrics) -> dict[str, np.ndarray]:
+    """What must not depend on the mesh: trees, rewards, gradient, updated parameters."""
+    result = {"params" + jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(state.params)}
+    result |= {"grad" + jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+    result |= {"tree." + name: value for name, value in metrics["tree"].items()}
+    return {k: np.asarray(v) for k, v in dict(result, graded=metrics["graded"]).items()}
+
+
+def assert_close(actual: dict, wanted: dict, names: str, tolerance=1e-5):
+    """Largest difference within tolerance of the largest value, array by array."""
+    compared = [k for k in wanted if k.startswith(names)]
+    assert compared
+    for name in compared:
+        scale = np.abs(wanted[name]).max()
+        assert scale > 0, f"{name} is zero: the test would show nothing"
+        assert np.abs(actual[name] - wanted[name]).max() <= tolerance * scale, name
+
+
+@contextlib.contextmanager
+def quick_compiles():
+    """Lets XLA leave out what costs it time; the numbers differ by rounding only."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def first():
+    """(the step on one device, the numbers and trees of its first call)."""
+    with quick_compiles(), with_trees():
+        tiny = Tiny(one_device())
+        state, metrics = tiny.step(tiny.state(), tiny.prompts(), tiny.knobs)
+        yield tiny, numbers(state, metrics), metrics
+
+
+# --- the same numbers everywhere ------------------------------------------------------------------
+
+
+def test_the_tiny_step_is_worth_testing(first):
+    """Its trees fork, prune and differ; every prompt is its own; no reward is everywhere equal."""
+    _, wanted, metrics = first
+    assert metrics["forks"] > 0 and metrics["pruned"] > 0 and metrics["trees_trained"] == 1
+    assert len(np.unique(wanted["tree.token"], axis=0)) == 8
+    assert wanted["graded"].std() > 0.05
+    assert metrics["bins"] > 2  # more than one microbatch
+
+
+def test_devices_do_not_change_the_step(first, tmp_path):
+    _, wanted, _ = first
+    environment = dict(
+        os.environ,
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        JAX_PLATFORMS="cpu",
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+        PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    )
+    command = [sys.executable, __file__, str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    for name in MESHES:
+        actual = np.load(tmp_path / f"{name}.npz")
+        for field in ("tree.token", "tree.parent", "tree.used", "tree.end", "tree.source", "tree.leaf"):
+            np.testing.assert_array_equal(actual[field], wanted[field], err_msg=f"{name}: {field}")
+        assert_close(actual, wanted, "graded")
+        assert_close(actual, wanted, "grad[")
+        assert_close(actual, wanted, "params")
+
+
+def main(folder: str):
+    assert jax.device_count() == 8
+    for name, sizes in MESHES.items():
+        tiny = Tiny(sharding.make_mesh(**sizes))
+        embedding = tiny.state().params["embedding"]
+        shard = embedding.addressable_shards[0].data.shape
+        assert shard == (12 // sizes.get("tensor", 1), 16 // sizes["fsdp"]), shard  # it is cut indeed
+        with with_trees():
+            result = numbers(*tiny.step(tiny.state(), tiny.prompts(), tiny.knobs))
+        np.savez(os.path.join(folder, f"{name}.npz"), **result)
+
+
+def test_bins_do_not_change_the_gradient(first):
+    """One tree a bin or several, trees split over bins, one bin a microbatch or all at once."""
+    tiny, wanted, metrics = first
+    prompts, tree, reward = tiny.prompts(), metrics["tree"], metrics["graded"]
+    _, credit = jax.jit(functools.partial(S.estimate, tiny.fns))(tree, reward)
+    counts = []
+    for sizes in (dict(bin_tokens=12, bins_per_step=1), dict(bin_tokens=64, bins_per_step=3)):
+        other = Tiny(one_device(), **sizes)
+        learn = jax.jit(functools.partial(S.learn, other.fns))
+        state, learned = learn(other.state(), tree, prompts, credit, other.knobs)
+        counts.append(int(learned["bins"]))
+        actual = numbers(state, dict(tree=tree, graded=reward))
+        assert_close(actual, wanted, "grad[")
+        assert_close(actual, wanted, "params")
+        np.testing.assert_allclose(learned["loss"], metrics["loss"], rtol=1e-5, atol=1e-6)
+    assert counts[0] > int(metrics["bins"]) > counts[1]
+
+
+# --- compile hygiene ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def compile_events():
+    """Names of the tracings, lowerings and compilations that happen inside."""
+    seen, is_on = [], [True]
+
+    def listen(name, *_, **__):
+        if is_on[0] and name.startswith("/jax/core/compile/"):
+            seen.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        is_on[0] = False
+
+
+def test_compile_events_are_heard():
+    """Without this the tests below could pass for a listener that hears nothing."""
+    fresh = jax.jit(lambda x: x * 3 + 1)
+    with compile_events() as events:
+        fresh(np.float32(2))
+    assert any("backend_compile" in name for name in events)
+    with compile_events() as events:
+        fresh(np.float32(5))
+    assert events == []
+
+
+CHANGES = dict(
+    temperature=np.float32(0.7), top_p=np.float32(0.9), eos=np.array([5], np.int32),
+    tau_abs=np.float32(0.3), tau_rel=np.float32(0.2), tau_ed=np.float32(0.1),
+    share=np.array([0.5], np.float32), share_from=np.array([1], np.int32),
+    fill_after=np.int32(2), greedy=np.bool_(True),
+    clip_low=np.float32(0.1), clip_high=np.float32(0.3), kl=np.float32(0.1),
+)  # fmt: skip
+
+
+def test_the_second_step_compiles_nothing(first):
+    tiny, _, _ = first
+    state = tiny.state()
+    batches = [tiny.prompts(0), tiny.prompts(8)]
+    state, _ = tiny.step(state, batches[0], tiny.knobs)
+    with compile_events() as events:
+        state, _ = tiny.step(state, batches[1], tiny.knobs)
+        state, _ = tiny.step(state, batches[0], tiny.knobs)
+    assert events == []
+    assert int(state.step) == 3 and int(state.position) == 24
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changing_a_number_compiles_nothing(first, name):
+    tiny, _, _ = first
+    state, prompts = tiny.state(), tiny.prompts()
+    knobs = dict(tiny.knobs, **{name: jax.device_put(CHANGES[name], tiny.whole)})
+    assert knobs[name].dtype == tiny.knobs[name].dtype and knobs[name].shape == tiny.knobs[name].shape
+    assert not np.array_equal(knobs[name], tiny.knobs[name])
+    with compile_events() as events:
+        tiny.step(state, prompts, knobs)
+    assert events == []
+
+
+def test_every_number_is_in_the_test_above(first):
+    assert set(CHANGES) == set(first[0].knobs)
+
+
+def test_changing_the_seed_compiles_nothing_and_changes_the_trees(first):
+    tiny, wanted, _ = first
+    state, prompts = tiny.state(), tiny.prompts()
+    state = state.replace(key=jax.device_put(np.asarray(state.key) + 1, tiny.whole))
+    with compile_events() as events:
+        _, metrics = tiny.step(state, prompts, tiny.knobs)
+    assert events == []
+    assert not np.array_equal(metrics["tree"].token, wanted["tree.token"])
+
+
+def test_temperature_reaches_the_sampler(first):
+    """A number that changes nothing would pass the tests above too."""
+    tiny, _, plain = first
+    knobs = dict(tiny.knobs, temperature=jax.device_put(np.float32(0.05), tiny.whole))
+    _, metrics = tiny.step(tiny.state(), tiny.prompts(), knobs)
+    assert metrics["entropy"] < plain["entropy"] / 2
+
+
+# --- errors -----------------------------------------------------------------------------------------
+
+
+def test_mesh_covers_all_devices():
+    mesh = sharding.make_mesh()
+    assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.size == jax.device_count()
+    assert sharding.tree_shards(mesh) == jax.device_count()
+
+
+def test_mesh_sizes(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    monkeypatch.setattr(jax, "devices", lambda: list(range(8)))
+    monkeypatch.setattr(sharding, "Mesh", lambda devices, axes: dict(zip(axes, devices.shape)))
+    shape = lambda *sizes: dict(zip(("data", "fsdp", "tensor"), sizes))
+    assert sharding.make_mesh(data=-1, fsdp=2) == shape(4, 2, 1)
+    assert sharding.make_mesh(data=2, fsdp=-1, tensor=2) == shape(2, 2, 2)
+    assert sharding.make_mesh(data=1, fsdp=1, tensor=8) == shape(1, 1, 8)
+    for bad in (dict(data=-1, fsdp=-1), dict(data=0), dict(fsdp=-2)):
+        sizes = dict(data=-1, fsdp=1, tensor=1) | bad
+        with pytest.raises(ValueError) as error:
+            sharding.make_mesh(**bad)
+        assert str(error.value) == f"mesh={sizes} needs positive sizes, at most one of them -1 for the rest."
+    for bad, sizes in ((dict(data=3), shape(3, 1, 1)), (dict(fsdp=3), shape(2, 3, 1)), (dict(fsdp=16), shape(0, 16, 1))):
+        with pytest.raises(ValueError) as error:
+            sharding.make_mesh(**bad)
+        assert str(error.value) == (
+            f"mesh={sizes} does not cover the 8 devices; set mesh.data=-1 or sizes that multiply to 8."
+        )
+
+
+class Sizes:
+    """Stands for a mesh of 8 devices, of which only the sizes are read."""
+
+    shape = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def shardings(axes, sizes, monkeypatch, **options):
+    monkeypatch.setattr(sharding, "NamedSharding", lambda mesh, spec: spec)
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, "float32"), sizes, is_leaf=lambda x: isinstance(x, tuple))
+    return sharding.parameter_shardings(Sizes(), axes, shapes, **options)
+
+
+def test_parameters_follow_the_rules(monkeypatch):
+    axes = {"block": {"q": ("embed", "heads", "head_dim"), "scale": ("norm",)}, "table": ("vocab", "embed")}
+    sizes = {"block": {"q": (3, 8, 4, 5), "scale": (3, 7)}, "table": (10, 8)}  # 3 stacked layers
+    assert shardings(axes, sizes, monkeypatch) == {
+        "block": {"q": PartitionSpec(None, "fsdp", "tensor", None), "scale": PartitionSpec(None, None)},
+        "table": PartitionSpec("tensor", "fsdp"),
+    }
+    assert shardings(axes, sizes, monkeypatch, gathered=True) == {
+        "block": {"q": PartitionSpec(None, None, "tensor", None), "scale": PartitionSpec(None, None)},
+        "table": PartitionSpec("tensor", None),
+    }
+
+
+@pytest.mark.parametrize(
+    "axes, sizes, message",
+    [
+        (("embed", "colour"), (8, 8), "['a']['w']: no sharding rule for logical axis 'colour'; add it to sharding.RULES."),
+        (("heads", "mlp"), (8, 8), "['a']['w']: mesh axis 'tensor' is used twice by ('heads', 'mlp'); change sharding.RULES."),
+        (("embed", "heads"), (8, 5), "['a']['w']: heads=5 does not divide by mesh.tensor=2; the nearest size that does is 6."),
+        (("embed",), (3, 7), "['a']['w']: embed=7 does not divide by mesh.fsdp=2; the nearest size that does is 8."),
+    ],
+)  # fmt: skip
+def test_parameter_errors(axes, sizes, message, monkeypatch):
+    with pytest.raises(ValueError) as error:
+        shardings({"a": {"w": axes}}, {"a": {"w": sizes}}, monkeypatch)
+    assert str(error.value) == message
+
+
+def test_every_parameter_of_the_model_is_covered(first):
+    tiny, _, _ = first
+    fns = tiny.fns
+    specs = jax.tree.map(lambda s: s.spec, tiny.shardings.params)
+    assert jax.tree.structure(specs) == jax.tree.structure(fns.model.shapes())
+    cut = [s for s in jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec)) if any(s)]
+    assert len(cut) >= 8  # the embedding and the matrices of a block
+
+
+def test_prompts_that_do_not_divide(monkeypatch):
+    monkeypatch.setattr(sharding, "tree_shards", lambda mesh: 3)
+    with pytest.raises(ValueError) as error:
+        S.make_fns(tiny_config(), tiny_task(), one_device())
+    assert str(error.value) == (
+        "sampler.prompts=8 does not divide over mesh.data x mesh.fsdp = 3 shards; make it a multiple."
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

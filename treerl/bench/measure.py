@@ -1,0 +1,120 @@
+"""Time, memory and bandwidth of compiled programs, and the rows that report them."""
+import os
+import statistics
+import time
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from treerl.models.presets import PRESETS
+from treerl.models.transformer import TransformerConfig
+
+
+class Program(NamedTuple):
+    """A compiled program and what compiling it told."""
+
+    run: Callable  # the arguments it was compiled for -> results on the device
+    compile_seconds: float  # tracing included
+    peak_bytes: int  # arguments, results and temporaries, donated arguments once
+
+
+class Times(NamedTuple):
+    """Seconds of the repeats of one program, in the order they ran."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def over(self, other: "Times", *, less: float = 0.0) -> float:
+        """Median over turns of this time over the other's, `less` seconds taken off both."""
+        return statistics.median((a - less) / (b - less) for a, b in zip(self.seconds, other.seconds))
+
+
+def compiled(function, *args) -> Program:
+    """Compiles a function (jitted, if it wants shardings or donation) for these arguments."""
+    function = function if hasattr(function, "lower") else jax.jit(function)
+    begin = time.perf_counter()
+    program = function.lower(*args).compile()
+    seconds = time.perf_counter() - begin
+    memory = program.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return Program(program, seconds, peak - memory.alias_size_in_bytes)
+
+
+def alternate(programs: dict[str, Callable], repeats: int, warmup: int = 1) -> dict[str, Times]:
+    """Times programs in turns, so that whatever else the machine does slows all of them alike.
+
+    Every second turn goes through them backwards: none is always the one after the same other.
+
+    Args:
+      programs: functions without arguments that return arrays; each is waited for.
+      repeats: turns that count, after `warmup` that do not.
+    """
+    seconds = {name: [] for name in programs}
+    for turn in range(warmup + repeats):
+        for name, run in list(programs.items())[:: -1 if turn % 2 else 1]:
+            begin = time.perf_counter()
+            result = jax.block_until_ready(run())
+            spent = time.perf_counter() - begin
+            del result  # free before the next program needs the memory
+            if turn >= warmup:
+                seconds[name].append(spent)
+    return {name: Times(s) for name, s in seconds.items()}
+
+
+def bandwidth_programs(size: int) -> tuple[dict[str, Callable], int]:
+    """Two programs that read a large array, and the bytes that each reads.
+
+    A matrix-vector product and a row-wise maximum: which is faster depends on the device.
+
+    Args:
+      size: bytes of the array, far more than any cache holds.
+    """
+    sweeps, width = 4, 1024
+    x = jnp.ones((size // 4 // width, width), jnp.float32)
+    multiply = lambda x, c: jnp.max(x @ jnp.full((width,), c))
+    maximum = lambda x, c: jnp.max(jnp.max(x.reshape(256, -1) + c, axis=1))
+
+    def program(read):  # each sweep depends on the one before: none can be left out
+        sweep = lambda x: jax.lax.fori_loop(0, sweeps, lambda _, c: read(x, c) * 1e-3, jnp.float32(1))
+        run = compiled(sweep, x).run
+        return lambda: run(x)
+
+    return dict(multiply=program(multiply), maximum=program(maximum)), sweeps * x.nbytes
+
+
+def bytes_of(tree) -> int:
+    """Bytes of all arrays of a pytree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def on_accelerator() -> bool:
+    """Whether JAX's default device is something faster than the CPU."""
+    return jax.default_backend() != "cpu"
+
+
+def device_name() -> str:
+    """Kind and number of devices; of a CPU the number of cores."""
+    if on_accelerator():
+        return f"{jax.devices()[0].device_kind} x{jax.device_count()}"
+    return f"cpu, {os.cpu_count()} cores"
+
+
+def model_config(preset: str, **overrides) -> TransformerConfig:
+    """The config of a preset with some fields replaced."""
+    if preset not in PRESETS:
+        raise ValueError(f"model preset {preset!r} is unknown; known are {', '.join(PRESETS)}.")
+    return TransformerConfig(**{**PRESETS[preset], **overrides})
+
+
+def row(suite: str, name: str, value, unit: str, shapes: dict, **compared) -> dict:
+    """One result, ready for JSON: what was measured, in which unit, at which sizes and where.
+
+    Args:
+      compared: `versus`, name of what it is compared with in the same run, and `ratio`, this
+        value over that one's; of times the median over turns, see `Times.over`.
+    """
+    return dict(suite=suite, name=name, value=float(value), unit=unit, shapes=shapes, device=device_name(), **compared)

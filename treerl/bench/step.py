@@ -1,0 +1,91 @@
+"""The whole training step, from prompts to updated parameters, and the part spent sampling.
+
+Random weights give no thresholds that mean anything, so the lookahead rule's are open (every
+token a candidate, none pruned, see `bench.sampler`): a tree fills its slots in two steps and
+every line runs to the last row. The rest is the default config: depth-wise advantages, Adam.
+Parameters and moments are float32 whatever the activations are.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from treerl import sharding
+from treerl import step as S
+from treerl.bench import measure, synthetic
+from treerl.models.presets import PRESETS
+
+
+def defaults() -> dict:
+    """Sizes for this machine."""
+    if measure.on_accelerator():
+        return dict(
+            preset="qwen2.5-1.5b", dtype="bfloat16", prompts=16, slots=8, prompt=256, rows=512, segment=32,
+            lengths=(256,), windows=(20, 30, 50), bin_tokens=2048, bins_per_step=4, vocab_chunk=1024,
+            remat=True, repeats=3,
+        )  # fmt: skip
+    return dict(
+        preset="tiny", dtype="float32", prompts=32, slots=8, prompt=20, rows=20, segment=4,
+        lengths=(), windows=(4, 6), bin_tokens=256, bins_per_step=4, vocab_chunk=1024,
+        remat=False, repeats=7,
+    )  # fmt: skip
+
+
+def make_config(sizes: dict):
+    """The default config at these sizes, with open thresholds."""
+    config = synthetic.config(sizes)
+    config.sampler.update(segment=sizes["segment"], lengths=tuple(sizes["lengths"]))
+    config.branching.update(tau_abs=0.0, tau_rel=2.0)
+    config.pruning.update(windows=tuple(sizes["windows"]), tau_ed=0.0)
+    config.learner.update(bin_tokens=sizes["bin_tokens"], bins_per_step=sizes["bins_per_step"])
+    return config
+
+
+def rows(**sizes):
+    """Yields rows of the suite; `sizes` replace `defaults()`."""
+    sizes = {**defaults(), **sizes}
+    config = make_config(sizes)
+    vocab = PRESETS[sizes["preset"]]["vocab"]
+    task, mesh = synthetic.task(vocab), sharding.make_mesh(**config.mesh)
+    fns = S.make_fns(config, task, mesh)
+    shardings, trees, whole = S.state_shardings(fns), sharding.trees(mesh), sharding.replicated(mesh)
+    state = jax.jit(functools.partial(S.init_state, fns), static_argnums=0, out_shardings=shardings)(0)
+    knobs = jax.device_put(S.make_knobs(config, task), whole)
+    prompts = jax.device_put(synthetic.prompts(vocab, sizes["prompts"], sizes["prompt"]), trees)
+    row = functools.partial(measure.row, "step", shapes=sizes)
+
+    step = jax.jit(
+        functools.partial(S.train_step, fns),
+        in_shardings=(shardings, trees, whole),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )
+    step = measure.compiled(step, state, prompts, knobs)
+    yield row("compile", step.compile_seconds, "s")
+    yield row("peak_memory", step.peak_bytes, "bytes")
+
+    def rollout(params, prompts, key, number, knobs):
+        tree, stats = S.rollout(fns, params, prompts, jax.random.wrap_key_data(key), number, knobs)
+        return tree, stats.sampled
+
+    sampling = measure.compiled(rollout, state.params, prompts, state.key, state.step, knobs)
+    metrics = {}
+
+    def run_step():
+        nonlocal state, metrics
+        state, metrics = step.run(state, prompts, knobs)
+        return metrics
+
+    def run_sampling():
+        return sampling.run(state.params, prompts, state.key, state.step, knobs)
+
+    times = measure.alternate(dict(step=run_step, sampling=run_sampling), sizes["repeats"])
+    seconds, metrics = times["step"].median, jax.device_get(metrics)
+    if not jnp.isfinite(metrics["loss"]):
+        raise ValueError(f"step suite: the loss is {metrics['loss']}.")
+    yield row("step", seconds, "s")
+    yield row("tokens", metrics["sampled_tokens"] / seconds, "tokens/s")
+    share = times["sampling"].over(times["step"])
+    yield row("sampling", times["sampling"].median, "s", versus="step", ratio=share)
+    yield row("unique_tokens", metrics["unique_tokens"], "of flattened answer tokens")
+    yield row("bins", metrics["bins"], "bins")
