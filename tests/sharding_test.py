@@ -31,24 +31,24 @@ MESHES = {"data=4, fsdp=2": dict(data=4, fsdp=2), "data=2, fsdp=2, tensor=2": di
 
 
 def tiny_task() -> Task:
-    """Examples are (letters, wanted letter); an answer is worth its share of that letter."""
+    """Examples are (letters, letter); an answer is worth its share of that letter and later ones."""
     tokenizer = CharTokenizer("abcdefghij")
 
     def encode(example):
-        letters, wanted = example
+        letters, letter = example
         return Encoded(
             prompt=tokenizer.encode(letters),
-            answer=tokenizer.encode(wanted) + [tokenizer.eos_id],
-            data={"wanted": np.int32(tokenizer.encode(wanted)[0])},
+            answer=tokenizer.encode(letter) + [tokenizer.eos_id],
+            data={"letter": np.int32(tokenizer.encode(letter)[0])},
         )
 
     def grade(tokens, length, data):
         inside = jnp.arange(tokens.shape[0]) < length
-        return jnp.sum((tokens == data["wanted"]) & inside) / jnp.maximum(length, 1).astype(jnp.float32)
+        return jnp.sum((tokens >= data["letter"]) & inside) / jnp.maximum(length, 1).astype(jnp.float32)
 
     rng = np.random.default_rng(0)
     word = lambda: "".join(rng.choice(list("abcdefghij"), rng.integers(1, 5)))
-    examples = [(word(), str(rng.choice(list("abc")))) for _ in range(16)]
+    examples = [(word(), str(rng.choice(list("defgh")))) for _ in range(16)]
     return Task(tokenizer=tokenizer, train=examples, heldout=examples, encode=encode, grade=grade)
 
 
@@ -58,7 +58,7 @@ def tiny_config(**learner):
     config.sampler.update(dict(prompts=8, slots=4, prompt_length=4, answer_length=8, segment=4))
     config.branching.update(dict(tau_abs=0.02, tau_rel=0.9, fill_after=3))  # forks in a random policy
     config.pruning.update(dict(windows=(2, 4), tau_ed=0.6))
-    config.learner.update(dict(dict(bin_tokens=24, bins_per_step=2), **learner))
+    config.learner.update(dict(dict(bin_tokens=12, bins_per_step=2), **learner))
     return config
 
 
@@ -123,7 +123,7 @@ def assert_close(actual: dict, wanted: dict, names: str, tolerance=1e-5):
 @contextlib.contextmanager
 def quick_compiles():
     """Lets XLA leave out what costs it time; the numbers differ by rounding only."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield
@@ -149,7 +149,6 @@ def test_the_tiny_step_is_worth_testing(first):
     assert metrics["forks"] > 0 and metrics["pruned"] > 0 and metrics["trees_trained"] == 1
     assert len(np.unique(wanted["tree.token"], axis=0)) == 8
     assert wanted["graded"].std() > 0.05
-    assert metrics["bins"] > 2  # more than one microbatch
 
 
 def test_devices_do_not_change_the_step(first, tmp_path):
@@ -186,21 +185,18 @@ def main(folder: str):
 
 
 def test_bins_do_not_change_the_gradient(first):
-    """One tree a bin or several, trees split over bins, one bin a microbatch or all at once."""
+    """Bins that split every tree, two a microbatch, against bins of several trees, all at once."""
     tiny, wanted, metrics = first
-    prompts, tree, reward = tiny.prompts(), metrics["tree"], metrics["graded"]
-    _, credit = jax.jit(functools.partial(S.estimate, tiny.fns))(tree, reward)
-    counts = []
-    for sizes in (dict(bin_tokens=12, bins_per_step=1), dict(bin_tokens=64, bins_per_step=3)):
-        other = Tiny(one_device(), **sizes)
-        learn = jax.jit(functools.partial(S.learn, other.fns))
-        state, learned = learn(other.state(), tree, prompts, credit, other.knobs)
-        counts.append(int(learned["bins"]))
-        actual = numbers(state, dict(tree=tree, graded=reward))
-        assert_close(actual, wanted, "grad[")
-        assert_close(actual, wanted, "params")
-        np.testing.assert_allclose(learned["loss"], metrics["loss"], rtol=1e-5, atol=1e-6)
-    assert counts[0] > int(metrics["bins"]) > counts[1]
+    tree, reward = metrics["tree"], metrics["graded"]
+    other = Tiny(one_device(), bin_tokens=64, bins_per_step=3)
+    _, credit = jax.jit(functools.partial(S.estimate, other.fns))(tree, reward)
+    learn = jax.jit(functools.partial(S.learn, other.fns))
+    state, learned = learn(other.state(), tree, tiny.prompts(), credit, other.knobs)
+    actual = numbers(state, dict(tree=tree, graded=reward))
+    assert_close(actual, wanted, "grad[")
+    assert_close(actual, wanted, "params")
+    np.testing.assert_allclose(learned["loss"], metrics["loss"], rtol=1e-5, atol=1e-6)
+    assert metrics["bins"] > 8 > learned["bins"]  # 8 trees
 
 
 # --- compile hygiene ------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ def default() -> ConfigDict:
 
     config.task = ConfigDict(
         dict(
-            name="countdown",
+            name="countdown",  # a file of treerl.tasks
             numbers_min=4,  # how many numbers a puzzle gives
-            numbers_max=4,
+            numbers_max=4,  # at most; numbers_min at least
             largest=9,  # numbers are 1 .. largest
             operators="+-",  # a subset of + - * /
-            target_max=100,
+            target_max=100,  # targets are 1 .. target_max
             train_size=2048,  # puzzles
             heldout_size=512,  # puzzles, disjoint from train
             seed=0,  # of the puzzles: the same for every seed of an experiment
@@ -24,15 +24,15 @@ def default() -> ConfigDict:
     )
     config.model = ConfigDict(
         dict(
-            layers=3,
-            width=96,
-            heads=4,
-            kv_heads=2,
-            head_dim=24,
+            layers=3,  # blocks of attention and MLP
+            width=96,  # D: of the residual stream
+            heads=4,  # H: query heads
+            kv_heads=2,  # G: key and value heads, a divisor of heads
+            head_dim=24,  # of each head, even
             hidden=256,  # of the gated MLP
-            rope_theta=10_000.0,
-            qk_norm=True,
-            qkv_bias=False,
+            rope_theta=10_000.0,  # base of the rotary positions' wavelengths
+            qk_norm=True,  # normalise queries and keys (Qwen3)
+            qkv_bias=False,  # add biases to queries, keys and values (Qwen2)
             tied=True,  # output projection is the embedding
             dtype="float32",  # of activations
             param_dtype="float32",  # of stored weights
@@ -44,8 +44,8 @@ def default() -> ConfigDict:
             slots=8,  # K: leaves of a tree
             prompt_length=20,  # P: tokens, at most
             answer_length=20,  # S: rows of the tree, tokens of an answer with its end, at most
-            temperature=1.0,
-            top_p=1.0,
+            temperature=1.0,  # divides the logits, in the sampler and in the learner
+            top_p=1.0,  # share of the probability that may be drawn from; 1: all
             segment=4,  # iterations between two tests for the end
             lengths=(),  # static row bounds before answer_length; each compiles the loop once more
         )
@@ -80,8 +80,8 @@ def default() -> ConfigDict:
             bin_tokens=128,  # C: tokens that attend together
             bins_per_step=8,  # microbatch: bins of one forward and backward pass, per shard
             epochs=1,  # updates on the same trees
-            clip_low=0.2,
-            clip_high=0.2,
+            clip_low=0.2,  # no gain below the ratio 1 - clip_low ...
+            clip_high=0.2,  # ... and above 1 + clip_high
             kl=0.0,  # weight of the KL to the policy after the warm start
             weighting="token",  # token: every token counts alike; sequence: every rollout does
             vocab_chunk=1024,  # tokens whose logits exist at a time
@@ -90,13 +90,13 @@ def default() -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         dict(
-            learning_rate=3e-4,
+            learning_rate=3e-4,  # of Adam, its highest
             schedule="constant",  # constant, cosine
-            warmup_steps=10,
-            clip_norm=1.0,
-            b1=0.9,
-            b2=0.99,
-            weight_decay=0.0,
+            warmup_steps=10,  # updates during which it rises from 0
+            clip_norm=1.0,  # of the whole gradient, at most
+            b1=0.9,  # decay of the mean of gradients
+            b2=0.99,  # decay of the mean of their squares
+            weight_decay=0.0,  # decoupled, a multiple of the learning rate
         )
     )
     config.warm_start = ConfigDict(
@@ -104,7 +104,7 @@ def default() -> ConfigDict:
             examples=512,  # training examples whose reference answers are used
             steps=600,  # supervised updates at most; 0: start from random weights
             batch=64,  # answers an update
-            learning_rate=1e-3,
+            learning_rate=1e-3,  # of Adam, constant after optimizer.warmup_steps
             patience=3,  # stop when held-out pass@1 has not risen in so many evaluations
             eval_every=50,  # updates
         )

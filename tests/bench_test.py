@@ -1,0 +1,144 @@
+import functools
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from treerl import tree as T
+from treerl.bench import SUITES, learner, measure, sampler, synthetic
+from treerl.models.presets import PRESETS
+
+TINY = dict(PRESETS["tiny"], layers=1, width=16, heads=2, kv_heads=1, head_dim=8, hidden=16)
+GROUP = dict(preset="toy", dtype="float32", prompts=2, slots=4, prompt=5, rows=8, repeats=2)
+LEARNER = dict(GROUP, shared=0.5, bin_tokens=(16, 32), step_tokens=32, vocab_chunk=16, remat=False)
+TOY = {
+    "sampler": dict(GROUP, segment=2, lengths=(), windows=(2, 3), read_bytes=2**20),
+    "learner": LEARNER,
+    "step": dict(
+        GROUP, segment=2, lengths=(), windows=(2,), bin_tokens=32, bins_per_step=1, vocab_chunk=16, remat=False
+    ),
+}  # fmt: skip
+FIELDS = {"suite", "name", "value", "unit", "shapes", "device"}
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setitem(PRESETS, "toy", TINY)
+
+
+@functools.cache
+def run(suite):
+    return list(SUITES[suite](**TOY[suite]))
+
+
+def named(suite):
+    return {row["name"]: row for row in run(suite)}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_rows_are_well_formed(suite):
+    rows = run(suite)
+    assert len({row["name"] for row in rows}) == len(rows)
+    for row in rows:
+        assert FIELDS <= set(row) and set(row) - FIELDS in (set(), {"versus", "ratio"})
+        assert row["suite"] == suite and row["shapes"] == TOY[suite]
+        assert np.isfinite(row["value"])
+        assert "versus" not in row or row["versus"] in {other["name"].split(".")[0] for other in rows}
+        json.dumps(row)
+
+
+def test_lookahead_is_timed_at_equal_live_slots():
+    rows = named("sampler")
+    assert rows["stochastic.live_slots"]["value"] == 4
+    assert rows["lookahead.live_slots"]["value"] == 4 - 1 / 8  # the first step writes three tokens of four
+
+
+def test_the_two_losses_and_gradients_of_the_learner_are_the_same():
+    rows = named("learner")
+    for size in (16, 32):
+        assert rows[f"packed_{size}.gradient_difference"]["value"] < 1e-4
+    assert rows["shared_prefix"]["value"] >= 0.5
+    assert rows["unique_tokens"]["ratio"] < 1
+
+
+def test_a_perturbed_objective_raises(monkeypatch):
+    right = learner.flat_objective
+
+    def wrong(fns):
+        def objective(params, rows):
+            loss, aux = right(fns)(params, rows)
+            return 1.01 * loss, aux
+
+        return objective
+
+    monkeypatch.setattr(learner, "flat_objective", wrong)
+    with pytest.raises(ValueError, match="packed_16 has loss .* must be the same objective"):
+        list(learner.rows(**dict(TOY["learner"], bin_tokens=(16,))))
+
+
+def test_agreement_tells_nan_and_small_differences():
+    assert learner.check_agreement("packed", 1.0, 1.0005, 1e-3) == pytest.approx(5e-4, rel=1e-2)
+    with pytest.raises(ValueError):
+        learner.check_agreement("packed", float("nan"), 1.0, 1e-3)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+@pytest.mark.parametrize("last_fork", [0, 2, 9])
+def test_forked_trees_are_trees(slots, last_fork):
+    tree = synthetic.trees(11, 1, slots, 12, last_fork)
+    one = T.Tree(**{name: value[0] for name, value in tree.items()})
+    T.check(one)
+    assert int(jnp.sum(T.leaf_valid(one))) == slots
+    unique = (T.leaf_count(one) == 1).sum(axis=1)
+    assert np.all(np.asarray(unique[last_fork:]) == slots)
+    if slots > 1:
+        assert np.all(np.asarray(T.leaf_count(one))[:last_fork].max(axis=1) >= 2)
+
+
+def test_bytes_of_a_step_count_what_is_above_the_head():
+    config = measure.model_config("toy")
+    used = np.ones((2, 3, 4), bool)
+    token = 2 * 1 * 1 * 8 * 4  # keys and values, layers, heads, size, bytes
+    cells = (0 + 8 + 16) / 3  # before the first, the second and the third token
+    params = dict(a=np.zeros((5,), np.float32))
+    assert sampler.bytes_per_step(config, params, used, prompt=6) == 20 + token * (2 * 6 + cells)
+
+
+def test_turns_run_backwards_every_second_time():
+    order = []
+    programs = {name: lambda name=name: order.append(name) or jnp.zeros(()) for name in "abc"}
+    times = measure.alternate(programs, repeats=2, warmup=1)
+    assert "".join(order) == "abc" "cba" "abc"
+    assert all(len(t.seconds) == 2 for t in times.values())
+
+
+def test_ratio_is_taken_within_a_turn():
+    slow, fast = measure.Times([2.0, 40.0, 6.0]), measure.Times([1.0, 20.0, 3.0])
+    assert slow.over(fast) == 2.0 and slow.median == 6.0
+    assert measure.Times([5.0]).over(measure.Times([3.0]), less=1.0) == 2.0
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="'huge' is unknown; known are tiny, qwen2.5-0.5b"):
+        measure.model_config("huge")
+
+
+def launch(module, *flags):
+    return subprocess.run([sys.executable, "-m", f"launch.{module}", *flags], capture_output=True, text=True)
+
+
+def test_unknown_suite_is_one_sentence():
+    result = launch("bench", "--suite=nothing")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.strip() == "--suite=nothing is unknown; the suites are sampler, learner, step."
+
+
+def test_evaluating_no_run_is_one_sentence(tmp_path):
+    result = launch("evaluate", f"--workdir={tmp_path}")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.strip() == (
+        f"workdir={tmp_path} has no config.json; give the workdir of a run made by launch.train."
+    )

@@ -1,0 +1,199 @@
+"""Configs: arguments of experiments, what every file of experiments/ promises, and wrong fields."""
+import ast
+import importlib
+import inspect
+import io
+import pathlib
+import sys
+import tokenize
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from treerl import config as C
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+EXPERIMENTS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if p.stem != "__init__")
+
+
+# --- parse_arg ------------------------------------------------------------------------------------
+
+KNOWN = dict(variant="tree", seed=0, rate=0.5, fast=False, greedy=True)
+
+
+@pytest.mark.parametrize(
+    "arg, changed",
+    [
+        (None, {}),
+        ("", {}),
+        ("seed=3", dict(seed=3)),
+        ("flat", dict(variant="flat")),
+        ("variant=flat", dict(variant="flat")),
+        ("fast", dict(fast=True)),
+        ("fast=True,greedy=false", dict(fast=True, greedy=False)),
+        ("flat,seed=-1,rate=1e-3,fast", dict(variant="flat", seed=-1, rate=1e-3, fast=True)),
+        ("rate=2", dict(rate=2.0)),
+        ("variant=a=b", dict(variant="a=b")),
+        ("seed=1,,seed=2,", dict(seed=2)),
+    ],
+)
+def test_parse_arg(arg, changed):
+    parsed = C.parse_arg(arg, **KNOWN)
+    assert parsed == dict(KNOWN, **changed)
+    assert {k: type(v) for k, v in parsed.items()} == {k: type(v) for k, v in KNOWN.items()}
+
+
+@pytest.mark.parametrize(
+    "arg, known, message",
+    [
+        ("sed=3", dict(seed=0, rate=0.5), "config argument 'sed' is unknown; known are seed, rate."),
+        ("flat", dict(seed=0), "config argument 'flat' is unknown; known are seed."),
+        ("seed=1,Seed=2", dict(seed=0), "config argument 'Seed' is unknown; known are seed."),
+        ("seed=x", dict(seed=0), "config argument seed='x' is no int."),
+        ("seed=1.5", dict(seed=0), "config argument seed='1.5' is no int."),
+        ("seed", dict(seed=0), "config argument seed='' is no int."),
+        ("rate=fast", dict(rate=0.5), "config argument rate='fast' is no float."),
+        ("fast=maybe", dict(fast=False), "config argument fast='maybe' is no bool."),
+    ],
+)
+def test_parse_arg_errors(arg, known, message):
+    with pytest.raises(ValueError) as error:
+        C.parse_arg(arg, **known)
+    assert str(error.value) == message
+
+
+# --- the fields -------------------------------------------------------------------------------------
+
+
+def fields(config: ConfigDict, prefix: str = "") -> dict:
+    """'section.field' -> value of every field; `advantage.options` is the estimator's own."""
+    found = {}
+    for name, value in config.items():
+        path = prefix + name
+        is_section = isinstance(value, ConfigDict) and path != "advantage.options"
+        found |= fields(value, path + ".") if is_section else {path: value}
+    return found
+
+
+def comments(source: str) -> set[int]:
+    """Numbers of the lines that hold a comment."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {t.start[0] for t in tokens if t.type == tokenize.COMMENT and len(t.string.strip("# ")) > 2}
+
+
+def uncommented(source: str) -> set[str]:
+    """Fields set in `default` whose line, or the line above, has no comment, as 'section.field'."""
+    noted, found = comments(source), set()
+    [function] = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "default"]
+
+    def is_noted(line: int) -> bool:
+        above = source.splitlines()[line - 2].strip()
+        return line in noted or above.startswith("#")
+
+    for node in function.body:
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Attribute):
+            continue
+        section = node.targets[0].attr
+        keywords = [
+            k
+            for call in ast.walk(node.value)
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "dict"
+            for k in call.keywords
+        ]
+        if not keywords:
+            found |= set() if is_noted(node.lineno) else {section}
+        found |= {f"{section}.{k.arg}" for k in keywords if not is_noted(k.lineno)}
+    return found
+
+
+def test_every_field_is_commented():
+    assert uncommented(inspect.getsource(C)) == set()
+
+
+def test_comments_are_found():
+    source = (
+        "def default():\n"
+        "    config = ConfigDict()\n"
+        "    config.a = 1  # of everything\n"
+        "    config.b = 1\n"
+        "    # above\n"
+        "    config.c = 1\n"
+        "    config.d = ConfigDict(dict(\n"
+        "        e=1,\n"
+        "        f=2,  # this\n"
+        "        g='# no comment',\n"
+        "    ))\n"
+    )
+    assert uncommented(source) == {"b", "d.e", "d.g"}
+
+
+# --- experiments ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_set_known_fields(name):
+    module = importlib.import_module(f"experiments.{name}")
+    assert module.__doc__
+    known, config = fields(C.default()), module.get_config()
+    found = fields(config)
+    assert set(found) == set(known)
+    for path, value in found.items():
+        assert isinstance(value, type(known[path])), f"{path}={value!r}"
+    assert fields(module.get_config()) == found
+    with pytest.raises(ValueError, match="config argument 'nonsense' is unknown; known are "):
+        module.get_config("nonsense=1")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_take_a_seed(name):
+    module = importlib.import_module(f"experiments.{name}")
+    other = fields(module.get_config("seed=7"))
+    assert other.pop("seed") == 7
+    assert other == {k: v for k, v in fields(module.get_config()).items() if k != "seed"}
+
+
+def test_default_is_new_each_time():
+    one = C.default()
+    one.sampler.slots = 99
+    one.advantage.options.anything = 1
+    assert C.default().sampler.slots != 99 and "anything" not in C.default().advantage.options
+
+
+# --- flags, as launch.train defines them ----------------------------------------------------------
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    def parsed(arg: str, *overrides) -> ConfigDict:
+        """The config of a command line, parsed as `launch.train` does."""
+        line = ["train", f"--config={ROOT}/experiments/countdown.py{arg}", *overrides]
+        monkeypatch.setattr(sys, "argv", line)  # config_flags looks there for overrides
+        values = flags.FlagValues()
+        holder = config_flags.DEFINE_config_file("config", None, "help", flag_values=values)
+        values(line)
+        return holder.value
+
+    return parsed
+
+
+def test_flags_override_fields(parse):
+    config = parse(":seed=4", "--config.sampler.slots=3", "--config.steps=7", "--config.learner.kl=1")
+    assert (config.seed, config.sampler.slots, config.steps) == (4, 3, 7)
+    assert config.learner.kl == 1.0 and isinstance(config.learner.kl, float)
+
+
+@pytest.mark.parametrize(
+    "arg, override, words",
+    [
+        ("", "--config.sampler.slotz=3", "slotz"),
+        ("", "--config.samplr.slots=3", "samplr"),
+        ("", "--config.nonsense=3", "nonsense"),
+        ("", "--config.sampler.slots=three", "three"),
+        ("", "--config.sampler.slots=2.5", "2.5"),
+        (":slots=3", "--config.steps=1", "config argument 'slots' is unknown; known are "),
+    ],
+)
+def test_flags_reject_what_is_unknown_or_no_number(parse, arg, override, words):
+    with pytest.raises((flags.Error, ValueError, AttributeError, KeyError), match=words):
+        parse(arg, override)

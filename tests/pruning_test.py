@@ -1,0 +1,111 @@
+"""Edit distances against the textbook, and the similarity rule against its definition."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+import sampler_test
+
+from treerl import pruning
+from treerl import tree as T
+
+
+def test_distance_extended_token_by_token_equals_the_textbook():
+    rng = np.random.default_rng(0)
+    size = 7
+    extend = jax.jit(pruning.extend_distance)
+    for _ in range(40):
+        a, b = rng.integers(0, 3, (2, size))
+        row = column = jnp.zeros(size + 1, jnp.int32)
+        for n in range(1, size + 1):
+            hidden = np.arange(size) >= n  # what is not known yet must not matter
+            row, column = extend(row, column, jnp.where(hidden, 9, a), jnp.where(hidden, 8, b), n)
+            want = [oracles.levenshtein(tuple(a[:n]), tuple(b[:j])) for j in range(n + 1)]
+            np.testing.assert_array_equal(row[: n + 1], want)
+            want = [oracles.levenshtein(tuple(a[:i]), tuple(b[:n])) for i in range(n + 1)]
+            np.testing.assert_array_equal(column[: n + 1], want)
+
+
+def children_at_risk(one, windows):
+    """For each fork still in the tree: (slot, parent slot, birth row)."""
+    for row, slot in np.argwhere(one.used & (one.source == T.FORCED)):
+        above = one.parent[row, slot]
+        heir = [
+            k for k in range(one.used.shape[1])
+            if k != slot and one.used[row, k] and one.parent[row, k] == above and one.source[row, k] == T.SAMPLED
+        ]  # fmt: skip
+        if heir:
+            yield slot, heir[0], row
+
+
+def line(one, slot, birth):
+    """Tokens of the line in a column from its birth to its end; what was reborn below is not its."""
+    tokens = [int(one.token[birth, slot])]
+    for row in range(birth + 1, one.used.shape[0]):
+        if one.end[row - 1, slot] or not one.used[row, slot] or one.parent[row, slot] != slot:
+            break
+        tokens.append(int(one.token[row, slot]))
+    return tokens
+
+
+@pytest.mark.parametrize("windows", [(3,), (2, 5)])
+def test_no_surviving_child_repeats_its_parent_and_every_pruned_one_did(windows):
+    pruned = survived = 0
+    for seed in range(8):
+        tree, _ = sampler_test.grow(
+            sampler_test.table(seed, peak=2.0), jax.random.key(seed), jnp.arange(sampler_test.B), rule="lookahead",
+            prune="similarity", windows=windows, tau_abs=0.05, tau_rel=0.9, tau_ed=0.6, fill_after=99,
+        )  # fmt: skip
+        for one in sampler_test.each(tree):
+            for slot, parent, birth in children_at_risk(one, windows):
+                mine, theirs = line(one, slot, birth), line(one, parent, birth)
+                distances = {
+                    r: oracles.levenshtein(tuple(mine[:r]), tuple(theirs[:r])) / r
+                    for r in windows
+                    if len(mine) > r and len(theirs) > r  # neither ended inside the window
+                }
+                last = birth + len(mine) - 1
+                if one.end[last, slot] == T.SIMILAR:
+                    own = len(mine)
+                    if own in windows and len(theirs) >= own:
+                        assert oracles.levenshtein(tuple(mine), tuple(theirs[:own])) / own < 0.6
+                        pruned += 1
+                else:
+                    survived += sum(d >= 0.6 for d in distances.values())
+                    assert all(d >= 0.6 for d in distances.values())
+    assert pruned > 5 and survived > 5
+
+
+def test_descendants_go_with_the_child_even_finished_ones():
+    """A hand-made set of lines: slot 1 is a copy of slot 0, slot 2 and (finished) 3 stem from 1."""
+    from treerl.types import ACTIVE, DONE, Lines
+
+    path = np.full((1, 5, 4), -1)
+    path[0, 0, :3] = 0
+    path[0, 1, :3] = [0, 1, 1]
+    path[0, 2, :3] = [0, 1, 2]
+    path[0, 3, :3] = [0, 1, 3]
+    path[0, 4, :3] = [0, 0, 4]
+    array = lambda x: jnp.asarray([x])
+    lines = Lines(
+        status=array([ACTIVE, ACTIVE, ACTIVE, DONE, ACTIVE]), cursor=array([3] * 5), path=jnp.asarray(path),
+        birth=array([0, 1, 2, 2, 2]), parent=array([-1, 0, 1, 1, 0]), may_fork=array([True] * 5),
+        started=array([0] * 5), key=jnp.zeros((1, 5, 2), jnp.uint32),
+    )  # fmt: skip
+    rule = pruning.similarity(windows=(2,), tau_ed=1.1)  # prunes every child that is due
+    token = jnp.zeros((1, 4, 5), jnp.int32)
+    reason, _ = rule.step(rule.start(1, 5), lines, token)
+    np.testing.assert_array_equal(reason, [[0, T.SIMILAR, T.SIMILAR, T.SIMILAR, 0]])
+
+
+def test_threshold_extremes():
+    for tau_ed, all_go in ((0.0, False), (1.5, True)):
+        tree, stats = sampler_test.grow(
+            sampler_test.table(4), jax.random.key(0), jnp.arange(sampler_test.B), rule="lookahead", prune="similarity",
+            windows=(2,), tau_ed=tau_ed, eos=(-1,), fill_after=99, tau_abs=0.05, tau_rel=0.9,
+        )  # fmt: skip
+        assert bool(stats.pruned.sum() > 0) == all_go
+        if all_go:  # only the first line outlives its children for ever
+            late = np.asarray(tree.used)[:, 4:, 1:] & (np.asarray(tree.source)[:, 4:, 1:] == T.SAMPLED)
+            assert not np.any(np.asarray(tree.end)[:, -3, 1:][late[:, -7, :]] == T.FINISHED)
+            assert np.all(np.asarray(tree.leaf)[:, 0, 0] == sampler_test.S - 1)

@@ -1,0 +1,292 @@
+"""The sampler driven by a table of known probabilities: no model, every number recomputable."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from treerl import branching, pruning, sampler
+from treerl import tree as T
+from treerl.types import ACTIVE, FREE, Births, Branching, Policy, Prompts
+
+VOCAB, EOS = 6, 1
+B, K, S = 6, 5, 12
+
+
+def table(seed, peak=1.0):
+    """Logits of the next token given the last: [V, V]."""
+    return np.asarray(peak * np.random.default_rng(seed).normal(size=(VOCAB, VOCAB)), np.float32)
+
+
+def markov(logits):
+    """A policy whose next token depends on the last one alone."""
+    logits = jnp.asarray(logits)
+
+    def prefill(token, length):
+        return logits[jnp.take_along_axis(token, length[:, None] - 1, axis=1)[:, 0]], ()
+
+    return Policy(prefill=prefill, decode=lambda cache, token, row, path, write, rows: (logits[token], cache))
+
+
+def prompts(index=range(B)):
+    index = jnp.asarray(list(index))
+    return Prompts(token=jnp.full((len(index), 3), 2), length=jnp.full(len(index), 2), index=index, data={})
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "prune", "windows", "segment", "lengths", "budget", "slots"))
+def grow(logits, key, index, *, rule, prune="none", windows=(3,), segment=4, lengths=(S,), budget=S + 6, slots=K,
+         tau_abs=0.1, tau_rel=0.4, share=1.0, fill_after=4, greedy=False, tau_ed=0.5, temperature=1.0, top_p=1.0,
+         eos=(EOS,)):  # fmt: skip
+    rules = {
+        "stochastic": branching.stochastic,
+        "lookahead": lambda: branching.lookahead(
+            tau_abs=tau_abs, tau_rel=tau_rel, share=share, fill_after=fill_after, greedy=greedy
+        ),
+        "chaos": lambda: chaos(key),
+    }
+    prunes = {"none": pruning.none, "similarity": lambda: pruning.similarity(windows=windows, tau_ed=tau_ed)}
+    prunes["chaos"] = lambda: chaos_prune(key)
+    pad = Prompts(
+        token=jnp.full((index.shape[0], 3), 2), length=jnp.full(index.shape[0], 2), index=index, data={}
+    )
+    return sampler.sample(
+        markov(logits), rules[rule](), prunes[prune](), pad, key, slots=slots, rows=S, budget=budget,
+        segment=segment, lengths=lengths, temperature=jnp.float32(temperature), top_p=jnp.float32(top_p),
+        eos=jnp.atleast_1d(jnp.asarray(eos)),
+    )  # fmt: skip
+
+
+def chaos(key) -> Branching:
+    """Forks, restarts at older cells and refills at random, to exercise what no rule does yet."""
+
+    def start(batch, slots):
+        first = jnp.broadcast_to(jnp.arange(slots) < 2, (batch, slots))
+        return first, first
+
+    def step(frontier):
+        lines = frontier.lines
+        keys = jax.random.split(jax.random.fold_in(key, frontier.iteration), 4)
+        shape = lines.status.shape
+        line = jax.random.randint(keys[0], shape, 0, shape[1])
+        take = lambda x: jnp.take_along_axis(x, line, axis=1)
+        active, cursor = take(lines.status) == ACTIVE, take(lines.cursor)
+        kind = jax.random.randint(keys[1], shape, 0, 3)  # 0 nothing, 1 fork now, 2 rebirth further up
+        older = jnp.floor(jax.random.uniform(keys[2], shape) * (cursor + 1)).astype(jnp.int32) - 1
+        row = jnp.where(kind == 1, cursor - 1, jnp.minimum(older, cursor - 1))
+        token = jnp.where(kind == 1, jax.random.randint(keys[3], shape, 2, VOCAB), -1)
+        ok = (lines.status == FREE) & active & (kind > 0) & (frontier.free <= row + 1)
+        none = jnp.full(shape, -1)
+        births = Births(line=jnp.where(ok, line, -1), row=row, token=token, may_fork=ok)
+        return none, births
+
+    return Branching(start=start, step=step)
+
+
+def chaos_prune(key):
+    """Stops lines at random, descendants or not."""
+
+    def step(memory, lines, token):
+        hit = jax.random.bernoulli(jax.random.fold_in(key, memory), 0.08, lines.status.shape)
+        return jnp.where(hit & (lines.status == ACTIVE), T.SIMILAR, 0).astype(jnp.int8), memory + 1
+
+    return pruning.Pruning(start=lambda batch, slots: jnp.int32(100), step=step)
+
+
+def each(tree):
+    return [jax.tree.map(lambda x: np.asarray(x)[b], tree) for b in range(tree.token.shape[0])]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(rule="stochastic"),
+        dict(rule="lookahead"),
+        dict(rule="lookahead", prune="similarity"),
+        dict(rule="lookahead", prune="similarity", share=0.6, greedy=True),
+        dict(rule="chaos", prune="chaos"),
+    ],
+    ids=str,
+)
+def test_every_tree_passes_the_check_and_its_logps_are_those_of_the_table(options):
+    ended = set()
+    for seed in range(4):
+        logits = table(seed)
+        tree, stats = grow(logits, jax.random.key(seed), jnp.arange(B), temperature=0.7, **options)
+        logp = np.asarray(jax.nn.log_softmax(logits / 0.7))
+        for one in each(tree):
+            T.check(one)
+            for cells in oracles.leaf_cells(one).values():
+                last = 2
+                for cell in cells:
+                    assert one.logp_policy[cell] == pytest.approx(logp[last, one.token[cell]], abs=1e-5)
+                    p = np.exp(logp[last])
+                    assert one.entropy[cell] == pytest.approx(-np.sum(p * logp[last]), abs=1e-4)
+                    if one.source[cell] == T.SAMPLED:
+                        assert one.logp_behavior[cell] == pytest.approx(one.logp_policy[cell], abs=1e-5)
+                    last = one.token[cell]
+                    assert (last == EOS) == (one.end[cell] == T.FINISHED)
+            ended |= set(one.end[one.used].tolist())
+        assert np.all(stats.sampled >= np.asarray(tree.used).sum((1, 2)))
+    assert {T.RUNNING, T.FINISHED, T.TRUNCATED} <= ended
+    if options.get("prune") in ("similarity", "chaos"):
+        assert T.SIMILAR in ended
+
+
+def test_chaos_reuses_columns_and_restarts_at_older_cells():
+    """The random rule really exercises what the check above covers."""
+    restarts = reused = 0
+    for seed in range(6):
+        tree, stats = grow(table(seed), jax.random.key(seed), jnp.arange(B), rule="chaos", prune="chaos", budget=3 * S)
+        restarts += int(stats.restarts.sum())
+        for one in each(tree):
+            T.check(one)
+            reused += int(np.any(one.used[1:] & ~one.used[:-1] & (one.parent[1:] >= 0)))
+    assert restarts > 10 and reused > 5
+
+
+def recomputed_forks(tree, logits, tau_abs, tau_rel):
+    """Share of forced tokens, and whether each satisfies both thresholds from scratch."""
+    p = np.asarray(jax.nn.softmax(logits))
+    count = 0
+    for one in each(tree):
+        for row, column in np.argwhere(one.used & (one.source == T.FORCED)):
+            above = one.parent[row, column]
+            last = one.token[row - 1, above] if row else 2
+            mine = p[last, one.token[row, column]]
+            assert mine > tau_abs - 1e-5 and p[last].max() - mine < tau_rel + 1e-5
+            candidates = (p[last] > tau_abs - 1e-5) & (p[last].max() - p[last] < tau_rel + 1e-5)
+            assert candidates.sum() >= 2
+            others = one.used[row] & (one.parent[row] == above) & (np.arange(len(one.used[row])) != column)
+            assert one.token[row, column] not in one.token[row][others], "a fork repeats a sibling's token"
+            count += 1
+    return count
+
+
+def test_every_forked_token_satisfies_both_thresholds_recomputed_from_scratch():
+    count = 0
+    for seed in range(6):
+        for tau_abs, tau_rel in ((0.1, 0.4), (0.2, 0.1), (0.25, 0.15)):
+            tree, stats = grow(
+                table(seed), jax.random.key(seed), jnp.arange(B), rule="lookahead", tau_abs=tau_abs, tau_rel=tau_rel,
+                temperature=0.5,
+            )  # fmt: skip
+            forced = recomputed_forks(tree, table(seed), tau_abs, tau_rel)
+            assert forced == int(stats.forks.sum())  # nothing was pruned, so every fork is still there
+            count += forced
+    assert count > 50
+
+
+def test_forks_are_admitted_by_descending_probability_and_capped():
+    logits = np.full((VOCAB, VOCAB), -9.0, np.float32)
+    logits[:, 2:] = np.log([0.4, 0.28, 0.2, 0.12])
+    tree, _ = grow(logits, jax.random.key(0), jnp.arange(B), rule="lookahead", tau_abs=0.1, tau_rel=0.9, slots=4)
+    for one in each(tree):
+        drawn, children = one.token[0, 0], one.token[0, 1:3]
+        np.testing.assert_array_equal(children, [t for t in (2, 3, 4, 5) if t != drawn][:2])  # max_children 2
+        # one slot is left: of all lines' candidates at the next row the likeliest gets it
+        lines = one.token[1, :3]
+        assert one.token[1, 3] == (2 if np.any(lines != 2) else 3)
+
+
+@pytest.mark.parametrize("change", [dict(tau_abs=1.0), dict(tau_rel=0.0), dict(share=0.0)])
+def test_lookahead_that_never_forks_is_plain_sampling_token_for_token(change):
+    logits = table(0)
+    plain, _ = grow(logits, jax.random.key(3), jnp.arange(B), rule="stochastic")
+    same, stats = grow(logits, jax.random.key(3), jnp.arange(B), rule="lookahead", prune="similarity", **change)
+    assert not np.any(stats.forks)
+    for field in ("token", "parent", "used", "source", "logp_policy", "logp_behavior", "leaf"):
+        np.testing.assert_array_equal(plain[field], same[field], err_msg=field)
+
+
+def test_greedy_line_takes_the_argmax_and_is_forced():
+    logits = table(5)
+    tree, _ = grow(logits, jax.random.key(0), jnp.arange(B), rule="lookahead", greedy=True, tau_abs=1.0, fill_after=99)
+    for one in each(tree):
+        last = 2
+        for row in range(one.leaf[0, 0] + 1):
+            assert one.token[row, 0] == np.argmax(logits[last]) and one.source[row, 0] == T.FORCED
+            assert one.logp_behavior[row, 0] == 0 and one.logp_policy[row, 0] < 0
+            last = one.token[row, 0]
+
+
+def test_trees_do_not_depend_on_their_place_or_neighbours():
+    whole, _ = grow(table(1), jax.random.key(7), jnp.array([4, 9, 2, 7, 1, 3]), rule="lookahead", prune="similarity")
+    part, _ = grow(table(1), jax.random.key(7), jnp.array([7, 4]), rule="lookahead", prune="similarity")
+    for here, there in ((0, 3), (1, 0)):
+        for field in ("token", "parent", "leaf", "logp_policy"):
+            np.testing.assert_array_equal(part[field][here], whole[field][there])
+
+
+def test_the_same_prompt_twice_gives_different_trees():
+    tree, _ = grow(table(1), jax.random.key(7), jnp.array([0, 1]), rule="lookahead")
+    assert np.any(tree.token[0] != tree.token[1])
+    plain, _ = grow(table(1), jax.random.key(7), jnp.array([0, 1]), rule="stochastic")
+    assert len({tuple(np.asarray(plain.token[0, :, k])) for k in range(K)}) > 1, "slots repeat each other"
+
+
+@pytest.mark.parametrize("lengths, segment", [((S,), 3), ((4, 8, S), 4), ((6, S), 2)])
+def test_segments_and_row_bounds_change_nothing(lengths, segment):
+    want, _ = grow(table(2), jax.random.key(0), jnp.arange(B), rule="lookahead", budget=2 * S)
+    got, _ = grow(
+        table(2), jax.random.key(0), jnp.arange(B), rule="lookahead", lengths=lengths, segment=segment, budget=2 * S
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_lengths_must_end_with_the_rows():
+    with pytest.raises(ValueError, match=r"sampler.lengths=\(4,\) must ascend and end with the rows, 12"):
+        grow(table(2), jax.random.key(0), jnp.arange(B), rule="stochastic", lengths=(4,))
+
+
+def test_a_line_that_outlasts_the_budget_is_cut_and_no_leaf():
+    tree, _ = grow(table(0), jax.random.key(0), jnp.arange(B), rule="stochastic", budget=8, eos=(-1,))
+    assert np.all(tree.leaf == -1) and np.all(np.asarray(tree.end)[:, 7] == T.CUT)
+
+
+def test_samples_follow_the_table():
+    logits = table(3)
+    tree, _ = grow(logits, jax.random.key(0), jnp.arange(400), rule="stochastic", eos=(-1,))
+    pairs = np.zeros((VOCAB, VOCAB))
+    token = np.asarray(tree.token)
+    np.add.at(pairs, (token[:, :-1].ravel(), token[:, 1:].ravel()), 1)
+    expected = np.asarray(jax.nn.softmax(logits)) * pairs.sum(1, keepdims=True)
+    chi2 = np.sum((pairs - expected) ** 2 / expected)
+    assert chi2 < 60  # 30 degrees of freedom: p < 1e-3 above
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.7, 0.95])
+def test_nucleus_keeps_the_smallest_set_of_that_mass(top_p):
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(2 * rng.normal(size=(50, 40)), jnp.float32)
+    got = np.asarray(sampler.nucleus(logits, jnp.float32(top_p)))
+    p = np.asarray(jax.nn.softmax(logits))
+    for mine, full in zip(got, p):
+        order = np.argsort(-full)
+        keep = order[: np.searchsorted(np.cumsum(full[order]), top_p) + 1]
+        np.testing.assert_allclose(mine, np.where(np.isin(np.arange(40), keep), full, 0), atol=1e-6)
+
+
+def test_behaviour_logp_is_of_the_truncated_distribution():
+    tree, _ = grow(table(0), jax.random.key(0), jnp.arange(B), rule="stochastic", top_p=0.6, temperature=0.8)
+    for one in each(tree):
+        for cells in oracles.leaf_cells(one).values():
+            for cell in cells:
+                last = 2 if cell[0] == 0 else one.token[cell[0] - 1, one.parent[cell]]
+                kept = np.asarray(sampler.nucleus(jnp.asarray(table(0)[last]) / 0.8, jnp.float32(0.6)))
+                want = kept[one.token[cell]] / kept.sum()
+                assert np.exp(one.logp_behavior[cell]) == pytest.approx(want, abs=1e-4) and want > 0
+    assert np.any(tree.logp_behavior > tree.logp_policy + 1e-3)
+
+
+def test_draw_inverts_the_sum_and_never_picks_weight_zero():
+    rng = np.random.default_rng(0)
+    weight = rng.random((200, 37)).astype(np.float32) * (rng.random((200, 37)) < 0.3)
+    weight[:, 5] += 1e-3
+    uniform = np.concatenate([rng.random(190), np.zeros(5), np.full(5, 1 - 2**-24)]).astype(np.float32)
+    got = np.asarray(sampler.draw(jnp.asarray(weight), jnp.asarray(uniform)))
+    total = np.cumsum(weight.astype(np.float64), axis=1)
+    want = (total <= (uniform * total[:, -1])[:, None]).sum(1)
+    assert np.all(weight[np.arange(200), got] > 0)
+    assert np.mean(got == want) > 0.97  # the rest differ by rounding at a boundary

@@ -1,0 +1,159 @@
+"""The host loop as a user starts it: killed and started again, it tells the same story."""
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from treerl import metrics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STEPS = 12
+SIZES = {  # sums of two numbers, which a model this small half learns at once
+    "steps": STEPS,
+    "checkpoint_every": 2,
+    "task.train_size": 32,
+    "task.heldout_size": 8,
+    "task.numbers_min": 2,
+    "task.numbers_max": 2,
+    "task.operators": "+",
+    "model.layers": 1,
+    "model.width": 32,
+    "model.heads": 2,
+    "model.kv_heads": 1,
+    "model.head_dim": 16,
+    "model.hidden": 64,
+    "sampler.prompts": 8,
+    "sampler.slots": 4,
+    "sampler.prompt_length": 8,
+    "sampler.answer_length": 6,
+    "sampler.temperature": 1.5,  # so that rewards of a group differ
+    "learner.bin_tokens": 32,
+    "optimizer.warmup_steps": 0,
+    "warm_start.examples": 32,
+    "warm_start.steps": 80,
+    "warm_start.batch": 16,
+    "warm_start.eval_every": 40,
+    "warm_start.learning_rate": 0.01,
+    "evaluation.every": 3,
+    "evaluation.examples": 8,
+    "evaluation.batch": 8,
+    "evaluation.samples": 3,
+}
+
+
+def start(folder: pathlib.Path, workdir: str) -> subprocess.Popen:
+    """Starts the training of SIZES in folder/workdir; runs of one folder share data and programs."""
+    command = [sys.executable, "-m", "launch.train", "--config=experiments/countdown.py"]
+    command += [f"--workdir={folder / workdir}", f"--config.data_dir={folder / 'data'}"]
+    command += [f"--config.{name}={value}" for name, value in SIZES.items()]
+    environment = dict(
+        os.environ,
+        JAX_PLATFORMS="cpu",
+        JAX_COMPILATION_CACHE_DIR=str(folder / "programs"),
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # compiles in half the time
+    )
+    environment.pop("XLA_FLAGS", None)  # one device
+    log = open(folder / f"{workdir}.log", "a")
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+
+
+def finish(run: subprocess.Popen, log: pathlib.Path) -> dict:
+    """Waits for a run; the JSON of the last line of its standard output."""
+    output, _ = run.communicate()
+    assert run.returncode == 0, log.read_text()[-4000:]
+    return json.loads(output.splitlines()[-1])
+
+
+def steps_written(path: pathlib.Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_at(run: subprocess.Popen, path: pathlib.Path, step: int) -> None:
+    """Kills a run, without a chance to clean up, once its metrics hold that many steps."""
+    while run.poll() is None and steps_written(path) < step:
+        time.sleep(0.002)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    assert run.returncode == -signal.SIGKILL, f"the run ended by itself: {run.returncode}"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One run killed in the middle and started again, and one left alone."""
+    folder = tmp_path_factory.mktemp("train")
+    killed = folder / "killed"
+    kill_at(start(folder, "killed"), killed / "metrics.jsonl", 5)
+    before = (killed / "metrics.jsonl").read_text()
+    saved = sorted(int(p.name) for p in (killed / "checkpoints/latest").iterdir() if p.name.isdigit())
+    summary = finish(start(folder, "killed"), folder / "killed.log")
+    whole = finish(start(folder, "whole"), folder / "whole.log")
+    return dict(folder=folder, before=before, saved=saved, killed=summary, whole=whole)
+
+
+def story(workdir: pathlib.Path) -> list[dict]:
+    """The lines of metrics.jsonl without their times."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(workdir / "metrics.jsonl")]
+
+
+def test_the_run_was_killed_in_the_middle(runs):
+    lines = runs["before"].splitlines()
+    assert 5 <= len(lines) < STEPS
+    assert runs["saved"] and 2 <= runs["saved"][-1] < STEPS  # it did not start over from the warm start
+
+
+def test_a_killed_run_repeats_the_same_numbers(runs):
+    """Bit for bit: metrics keep every bit of a float."""
+    killed, whole = story(runs["folder"] / "killed"), story(runs["folder"] / "whole")
+    assert [line["step"] for line in killed] == list(range(1, STEPS + 1))
+    for mine, wanted in zip(killed, whole, strict=True):
+        assert mine == wanted
+
+
+def test_the_part_before_the_kill_is_the_same_story(runs):
+    whole = story(runs["folder"] / "whole")
+    for text, wanted in zip(runs["before"].splitlines(), whole):
+        line = json.loads(text)
+        line.pop("seconds")
+        assert line == wanted
+
+
+def test_the_numbers_are_worth_comparing(runs):
+    """After the kill the policy learns, and pass@k is measured: no line is a line of zeros."""
+    later = [line for line in story(runs["folder"] / "whole") if line["step"] > 6]
+    assert sum(line["grad_norm"] > 0 for line in later) >= 4
+    assert all(0 < line["reward"] < 1 for line in later)
+    assert [line["step"] for line in later if "pass@1" in line] == [9, 12]
+
+
+def test_summary(runs):
+    for name in ("killed", "whole"):
+        summary = runs[name]
+        assert set(summary) == {
+            "steps", "train_seconds", "pass@1_before", "pass@1_after", "pass@3_before", "pass@3_after",
+        }  # fmt: skip
+        assert summary["steps"] == STEPS and summary["train_seconds"] > 0
+        last = story(runs["folder"] / name)[-1]
+        assert (summary["pass@1_after"], summary["pass@3_after"]) == (last["pass@1"], last["pass@3"])
+        assert 0 <= summary["pass@1_before"] <= summary["pass@3_before"] <= 1
+    times = [{k: v for k, v in runs[name].items() if k != "train_seconds"} for name in ("killed", "whole")]
+    assert times[0] == times[1]
+
+
+def test_report(runs):
+    for name in ("killed", "whole"):
+        page = (runs["folder"] / name / "report.html").read_text()
+        assert "before" in page.lower() and "after" in page.lower()
+        assert "pass@1" in page and "pass@3" in page
+        for moment in ("before", "after"):
+            assert f"<td>{runs[name][f'pass@1_{moment}']:.4g}</td>" in page
+
+
+def test_only_what_the_design_names_is_written(runs):
+    names = {p.name for p in (runs["folder"] / "killed").iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "checkpoints", "report.html"}
+    assert not list((runs["folder"] / "killed").rglob("*tmp*"))
