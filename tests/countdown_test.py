@@ -23,7 +23,7 @@ GRADE = jax.jit(jax.vmap(countdown.grade))
 def small(**changes) -> ConfigDict:
     config = ConfigDict(dict(
         name="countdown", numbers_min=3, numbers_max=4, largest=12, operators="+-*/",
-        target_max=50, train_size=200, heldout_size=60, seed=7,
+        target_max=50, orders=1, train_size=200, heldout_size=60, seed=7,
     ))
     config.update(changes)
     return config
@@ -294,7 +294,7 @@ def test_prepares_without_tensorflow(task):
 
 @pytest.mark.parametrize("left, operator, right, text", [
     ("1+2", "+", "3-4", "1+2+3-4"),
-    ("1+2", "-", "3-4", "1+2-(3-4)"),
+    ("1+2", "-", "3-4", "1+2-3+4"),
     ("1+2", "*", "3-4", "(1+2)*(3-4)"),
     ("6*2", "*", "4/2", "6*2*4/2"),
     ("6*2", "/", "4/2", "6*2/(4/2)"),
@@ -302,16 +302,41 @@ def test_prepares_without_tensorflow(task):
     ("7", "/", "7", "7/7"),
 ])
 def test_combine_spares_parentheses(left, operator, right, text):
-    rank = lambda text: 1 if set(text) & set("+-") else 2 if set(text) & set("*/") else 3
-    sides = [countdown.Expression(int(countdown_value(t)[0]), t, rank(t)) for t in (left, right)]
-    made = countdown.combine(sides[0], operator, sides[1])
-    assert made == (countdown_value(text)[0], text, rank(operator))
+    made = countdown.combine(parsed(left), operator, parsed(right))
+    assert (made.value, made.text) == (countdown_value(text)[0], text)
+    assert made.rank == (1 if operator in "+-" else 2)
+
+
+def parsed(text) -> countdown.Expression:
+    """The expression of a text without parentheses, built from its parts."""
+    for operators in ("+-", "*/"):
+        at = max(text.rfind(o) for o in operators)
+        if at > 0:
+            return countdown.combine(parsed(text[:at]), text[at], parsed(text[at + 1 :]))
+    return countdown.single(int(text), 3, text)
+
+
+def test_a_sum_starts_with_a_positive_term():
+    two_less_five = countdown.combine(parsed("2"), "-", parsed("5"))
+    assert countdown.combine(parsed("0"), "-", two_less_five).text == "0-2+5"
+    assert countdown.combine(two_less_five, "*", parsed("3")).text == "(2-5)*3"
+    flipped = countdown.Expression(3, 1, ((-1, "2"), (1, "5")))
+    assert flipped.text == "5-2"
 
 
 def test_combine_stays_among_the_integers():
-    number = lambda value: countdown.Expression(value, str(value), 3)
-    assert countdown.combine(number(7), "/", number(2)) is None
-    assert countdown.combine(number(7), "/", number(0)) is None
+    assert countdown.combine(parsed("7"), "/", parsed("2")) is None
+    assert countdown.combine(parsed("7"), "/", parsed("3-3")) is None
+
+
+def test_orders_repeat_training_puzzles_and_never_heldout_ones(tmp_path):
+    twice = tasks.make(small(orders=3), tmp_path)
+    train, heldout = plain(twice.train), plain(twice.heldout)
+    assert (len(train), len(heldout)) == (600, 60)
+    key = lambda example: (*sorted(example[0]), example[1])
+    assert [key(e) for e in train[:200]] == [key(e) for e in train[200:400]]
+    assert len({key(e) for e in train}) == 200 and not {key(e) for e in train} & {key(e) for e in heldout}
+    assert sum(a[0] != b[0] for a, b in zip(train[:200], train[200:400])) > 100
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -18,6 +18,7 @@ def default() -> ConfigDict:
             operators="+-",  # a subset of + - * /
             target_max=100,  # targets are 1 .. target_max
             train_size=2048,  # puzzles
+            orders=8,  # training examples a puzzle, its numbers shown in another order
             heldout_size=512,  # puzzles, disjoint from train
             seed=0,  # of the puzzles: the same for every seed of an experiment
         )

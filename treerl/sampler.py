@@ -32,7 +32,7 @@ class _Carry(NamedTuple):
     cache: object
     memory: object  # of the pruning rule
     stats: Stats
-    active: jax.Array  # [] bool, whether anything ran or was born in the last iteration
+    active: jax.Array  # [] bool, whether anything runs or may still be born
     iteration: jax.Array  # [] int32
 
 
@@ -250,7 +250,9 @@ def sample(
             pruned=carry.stats.pruned + count(stopped),
             iterations=carry.stats.iterations + 1,
         )
-        active = jnp.any(was_active) | jnp.any(born)
+        # an empty slot may still be filled at the next iteration, when the rule sees nothing runs
+        idle = jnp.any(was_active) & jnp.any(lines.status == FREE)
+        active = jnp.any(lines.status == ACTIVE) | idle
         return _Carry(lines, grid, cache, memory, stats, active, carry.iteration + 1)
 
     begins, may_fork = branching.start(batch, slots)

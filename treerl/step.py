@@ -320,7 +320,7 @@ def update(fns: Fns, state: TrainState, grads) -> tuple[TrainState, dict]:
     """One Optax update."""
     updates, opt_state = fns.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return state.replace(params=params, opt_state=opt_state), dict(grad_norm=optax.global_norm(grads))
+    return state.replace(params=params, opt_state=opt_state), dict(grad_norm=optax.tree.norm(grads))
 
 
 def learn(fns: Fns, state: TrainState, tree: T.Tree, prompts: Prompts, credit, knobs) -> tuple[TrainState, dict]:

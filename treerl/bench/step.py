@@ -26,7 +26,7 @@ def defaults() -> dict:
         )  # fmt: skip
     return dict(
         preset="tiny", dtype="float32", prompts=32, slots=8, prompt=20, rows=20, segment=4,
-        lengths=(), windows=(4, 6), bin_tokens=256, bins_per_step=4, vocab_chunk=1024,
+        lengths=(), windows=(4, 6), bin_tokens=128, bins_per_step=8, vocab_chunk=1024,
         remat=False, repeats=7,
     )  # fmt: skip
 

@@ -31,7 +31,8 @@ def make(config: ConfigDict, data_dir: str) -> Task:
     Args:
       config: numbers_min, numbers_max (how many numbers a puzzle gives), largest (given numbers
         are 1..largest), operators (those that the reference solutions use; an answer may use
-        all four), target_max (targets are 1..target_max), train_size, heldout_size, seed.
+        all four), target_max (targets are 1..target_max), orders (training examples a puzzle),
+        train_size, heldout_size (puzzles), seed.
       data_dir: a folder that may be written.
 
     Raises:
@@ -51,7 +52,7 @@ def make(config: ConfigDict, data_dir: str) -> Task:
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError, naming the field and the fix, where the config cannot work."""
-    for field in ("largest", "target_max", "train_size", "heldout_size"):
+    for field in ("largest", "target_max", "orders", "train_size", "heldout_size"):
         if config[field] < 1:
             raise ValueError(f"{field} is {config[field]}: set it to 1 or more.")
     low, high, largest = config.numbers_min, config.numbers_max, config.largest
@@ -247,31 +248,41 @@ def grade(tokens: jax.Array, length: jax.Array, data: dict[str, jax.Array]) -> j
 
 
 class Expression(NamedTuple):
-    """An integer, how to write it, and how tightly that holds: 1 a sum, 2 a product, 3 a number."""
+    """An integer, how tightly it holds (1 a sum, 2 a product, 3 a number), and its signed terms."""
 
     value: int
-    text: str
     rank: int
+    terms: tuple[tuple[int, str], ...]  # (+1 or -1, text); at least one is positive
+
+    @property
+    def text(self) -> str:
+        """How people write it: the first positive term in front, no parentheses to spare."""
+        first = next(i for i, (sign, _) in enumerate(self.terms) if sign > 0)
+        rest = self.terms[:first] + self.terms[first + 1 :]
+        return self.terms[first][1] + "".join("+-"[sign < 0] + text for sign, text in rest)
+
+
+def single(value: int, rank: int, text: str) -> Expression:
+    """A number or a product."""
+    return Expression(value, rank, ((1, text),))
 
 
 def combine(left: Expression, operator: str, right: Expression) -> Expression | None:
-    """left operator right, with no parentheses to spare; None where it is no integer."""
-    match operator:
-        case "+":
-            value, rank = left.value + right.value, 1
-        case "-":
-            value, rank = left.value - right.value, 1
-        case "*":
-            value, rank = left.value * right.value, 2
-        case "/":
-            if right.value == 0 or left.value % right.value:
-                return None
-            value, rank = left.value // right.value, 2
-    # a-(b-c) and a/(b*c) need theirs; a+(b-c) and a*(b/c) do not.
-    strict = right.rank == rank and operator in "-/"
-    first = f"({left.text})" if left.rank < rank else left.text
-    second = f"({right.text})" if right.rank < rank or strict else right.text
-    return Expression(value, first + operator + second, rank)
+    """left operator right; None where it is no integer. Sums are flat: a-(b-c) is a-b+c."""
+    if operator in "+-":
+        sign = 1 if operator == "+" else -1
+        terms = left.terms + tuple((sign * s, text) for s, text in right.terms)
+        return Expression(left.value + sign * right.value, 1, terms)
+    if operator == "*":
+        value = left.value * right.value
+    elif right.value == 0 or left.value % right.value:
+        return None
+    else:
+        value = left.value // right.value
+    # a/(b*c) needs its parentheses; a*(b/c) does not.
+    first = f"({left.text})" if left.rank < 2 else left.text
+    second = f"({right.text})" if right.rank < 2 or (right.rank == 2 and operator == "/") else right.text
+    return single(value, 2, first + operator + second)
 
 
 class Puzzle(NamedTuple):
@@ -289,6 +300,7 @@ class Difficulty(tfds.core.BuilderConfig):
     largest: int = 0
     operators: str = ""
     target_max: int = 0
+    orders: int = 0
     train_size: int = 0
     heldout_size: int = 0
     seed: int = 0
@@ -301,7 +313,8 @@ class Difficulty(tfds.core.BuilderConfig):
         letters = fields["operators"].translate(str.maketrans(OPERATORS, "asmd"))
         fields["name"] = (
             f"{config.numbers_min}to{config.numbers_max}_largest{config.largest}_{letters}"
-            f"_target{config.target_max}_train{config.train_size}_heldout{config.heldout_size}"
+            f"_target{config.target_max}_train{config.train_size}x{config.orders}"
+            f"_heldout{config.heldout_size}"
             f"_seed{config.seed}"
         )
         return cls(**fields)
@@ -311,7 +324,7 @@ def draw(rng: random.Random, difficulty: Difficulty) -> Puzzle | None:
     """A random expression over random numbers; None where its value is no target."""
     count = rng.randint(difficulty.numbers_min, difficulty.numbers_max)
     numbers = tuple(rng.randint(1, difficulty.largest) for _ in range(count))
-    parts = [Expression(x, str(x), 3) for x in rng.sample(numbers, count)]
+    parts = [single(x, 3, str(x)) for x in rng.sample(numbers, count)]
     while len(parts) > 1:
         i = rng.randrange(len(parts) - 1)
         joined = combine(parts[i], rng.choice(difficulty.operators), parts[i + 1])
@@ -324,7 +337,10 @@ def draw(rng: random.Random, difficulty: Difficulty) -> Puzzle | None:
 
 
 def puzzles(difficulty: Difficulty) -> tuple[list[Puzzle], list[Puzzle]]:
-    """The train and heldout puzzles; no two share both the target and the numbers, in any order.
+    """The train and heldout examples; no puzzle (target and multiset of numbers) is in both.
+
+    Heldout has each of its puzzles once; train has `orders` examples of each, the numbers shown
+    in another order, first every puzzle in one order, then every puzzle in the next.
 
     Raises ValueError where too few are found in 100 attempts a puzzle (and 10,000 more).
     """
@@ -346,7 +362,10 @@ def puzzles(difficulty: Difficulty) -> tuple[list[Puzzle], list[Puzzle]]:
     # Common puzzles are found first: without a shuffle the splits would differ in kind.
     chosen = list(found.values())
     rng.shuffle(chosen)
-    return chosen[: difficulty.train_size], chosen[difficulty.train_size :]
+    once, heldout = chosen[: difficulty.train_size], chosen[difficulty.train_size :]
+    shuffled = lambda puzzle: puzzle._replace(numbers=tuple(rng.sample(puzzle.numbers, len(puzzle.numbers))))
+    more = [shuffled(puzzle) for _ in range(difficulty.orders - 1) for puzzle in once]
+    return once + more, heldout
 
 
 class Countdown(tfds.core.GeneratorBasedBuilder):
@@ -362,7 +381,8 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
             "target": np.int32,
             "solution": tfds.features.Text(),
         })
-        return tfds.core.DatasetInfo(builder=self, features=features)
+        # in the order of `puzzles`: its first examples are different puzzles
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
         train, heldout = puzzles(self.builder_config)
