@@ -15,7 +15,7 @@ prepare_environment test
 export NPROC="${NPROC:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 arguments=(-q)
 if (($(getconf _NPROCESSORS_ONLN) > 1)); then
-  arguments+=(-n 2)
+  arguments+=(-n 2 --dist=loadfile)  # the tests of a file share what they compiled
 fi
 # All tests, unless some are named.
 tests=(tests)
