@@ -8,7 +8,7 @@ Prints one JSON line on standard output at the end; goes on from the last checkp
 import json
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a file with get_config(arg).")
@@ -17,6 +17,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(_):
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a checkpoint
     from treerl.train import train  # after the flags: a wrong one must not cost the import of jax
 
     print(json.dumps(train(_CONFIG.value, _WORKDIR.value)))

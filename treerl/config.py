@@ -43,8 +43,8 @@ def default() -> ConfigDict:
         dict(
             prompts=32,  # B: trees a step
             slots=8,  # K: leaves of a tree
-            prompt_length=20,  # P: tokens, at most
-            answer_length=20,  # S: rows of the tree, tokens of an answer with its end, at most
+            prompt_length=12,  # P: tokens, at most
+            answer_length=16,  # S: rows of the tree, tokens of an answer with its end, at most
             temperature=1.0,  # divides the logits, in the sampler and in the learner
             top_p=1.0,  # share of the probability that may be drawn from; 1: all
             segment=4,  # iterations between two tests for the end
@@ -54,9 +54,9 @@ def default() -> ConfigDict:
     config.branching = ConfigDict(
         dict(
             rule="lookahead",  # stochastic, lookahead
-            tau_abs=0.1,  # a candidate is likelier than this ...
-            tau_rel=0.5,  # ... and at most this less likely than the likeliest
-            max_children=2,  # a fork starts at most so many lines
+            tau_abs=0.05,  # a candidate is likelier than this ...
+            tau_rel=0.8,  # ... and at most this less likely than the likeliest
+            max_children=3,  # a fork starts at most so many lines
             share=((0, 1.0),),  # (from step, share of the slots that grow by forks) ...
             fill_after=6,  # iterations, then empty slots start from the prompt
             greedy=False,  # tree lines take the likeliest token instead of sampling
@@ -78,7 +78,7 @@ def default() -> ConfigDict:
     )
     config.learner = ConfigDict(
         dict(
-            bin_tokens=128,  # C: tokens that attend together
+            bin_tokens=64,  # C: tokens that attend together
             bins_per_step=8,  # microbatch: bins of one forward and backward pass, per shard
             epochs=1,  # updates on the same trees
             clip_low=0.2,  # no gain below the ratio 1 - clip_low ...
@@ -91,8 +91,8 @@ def default() -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         dict(
-            learning_rate=3e-4,  # of Adam, its highest
-            schedule="constant",  # constant, cosine
+            learning_rate=6e-4,  # of Adam, its highest
+            schedule="cosine",  # constant, cosine
             warmup_steps=10,  # updates during which it rises from 0
             clip_norm=1.0,  # of the whole gradient, at most
             b1=0.9,  # decay of the mean of gradients
@@ -102,7 +102,7 @@ def default() -> ConfigDict:
     )
     config.warm_start = ConfigDict(
         dict(
-            examples=512,  # training examples whose reference answers are used
+            examples=2048,  # training examples whose reference answers are used
             steps=600,  # supervised updates at most; 0: start from random weights
             batch=64,  # answers an update
             learning_rate=1e-3,  # of Adam, constant after optimizer.warmup_steps

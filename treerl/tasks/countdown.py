@@ -3,11 +3,13 @@
 Prompt "3 5 2 7=23:", answer "(3+5)*2+7". The grader is a parser in XLA with exact rational
 arithmetic in int32, so that grading stays inside the training program.
 """
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
 import random
+import sys
 from typing import NamedTuple
 
 import jax
@@ -406,7 +408,8 @@ def _prepared(difficulty: Difficulty, data_dir: str) -> Countdown:
     try:
         builder = build()
         try:
-            builder.download_and_prepare()
+            with contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout is the summary's
+                builder.download_and_prepare()
         except OSError:
             # Another process may have finished the same folder first.
             builder = build()

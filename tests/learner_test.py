@@ -1,0 +1,321 @@
+"""From trees to gradients: packed equals flattened, and what must be zero is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax.sharding import Mesh
+
+from treerl import attention, losses, packing, step, tasks
+from treerl import tree as T
+from treerl.models.policy import make_policy, packed_hidden, token_logps
+from treerl.models.transformer import Model, TransformerConfig
+from treerl.sharding import AXES
+from treerl.types import Prompts
+
+ROWS, SLOTS, WIDTH, VOCAB, TREES = 7, 5, 4, 9, 6
+MODEL = Model(
+    TransformerConfig(
+        vocab=VOCAB, layers=2, width=16, heads=4, kv_heads=2, head_dim=4, hidden=24, qk_norm=True, qkv_bias=True
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    params = MODEL.init(jax.random.key(0))
+    return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+
+
+def fns(bin_tokens=ROWS + WIDTH, bins_per_step=2, **changes):
+    sizes = step.Sizes(
+        prompts=TREES, slots=SLOTS, prompt=WIDTH, rows=ROWS, budget=ROWS, segment=2, lengths=(ROWS,),
+        bin_tokens=bin_tokens, bins_per_step=bins_per_step, epochs=1, vocab_chunk=7, remat=False,
+    )._replace(**changes)  # fmt: skip
+    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+    return step.Fns(
+        sizes=sizes, model=MODEL, optimizer=None, mesh=mesh, branching=None, pruning=None, grader=None, estimator=None,
+        leaf_weight=None, needs_reference=False,
+    )  # fmt: skip
+
+
+def batch(seed, **options):
+    """Random trees, their prompts, and credit of every kind, with old log-probs off the policy's."""
+    rng = np.random.default_rng(seed)
+    trees = [oracles.random_tree(rng, ROWS, SLOTS, vocab=VOCAB, **options) for _ in range(TREES)]
+    tree = jax.tree.map(lambda *x: jnp.stack(x), *trees)
+    tree = tree.replace(logp_policy=jnp.asarray(-2 * rng.random((TREES, ROWS, SLOTS)) - 1, jnp.float32))
+    length = rng.integers(1, WIDTH + 1, TREES)
+    token = np.where(np.arange(WIDTH) < length[:, None], rng.integers(2, VOCAB, (TREES, WIDTH)), 0)
+    prompts = Prompts(token=jnp.asarray(token), length=jnp.asarray(length), index=jnp.arange(TREES), data={})
+    leaf_credit = jnp.asarray(rng.normal(size=(TREES, SLOTS)), jnp.float32)
+    leaf_weight = jnp.asarray(rng.random((TREES, SLOTS)) + 0.5, jnp.float32)
+    return tree, prompts, leaf_credit, leaf_weight
+
+
+def flattened(params, tree, prompts, leaf_credit, leaf_weight):
+    """The clipped loss of every rollout as a row of its own: sum over leaves and tokens / weight."""
+    rows = []
+    for b in range(TREES):
+        one = jax.tree.map(lambda x: np.asarray(x[b]), tree)
+        for leaf, cells in oracles.leaf_cells(one).items():
+            prompt = np.asarray(prompts.token[b])[: int(prompts.length[b])]
+            tokens = np.concatenate([prompt, [one.token[c] for c in cells]])
+            old = np.concatenate([np.zeros(len(prompt)), [one.logp_policy[c] for c in cells]])
+            real = np.arange(len(tokens)) >= len(prompt)
+            pad = ROWS + WIDTH - len(tokens)
+            rows.append([np.pad(x, (0, pad)) for x in (tokens, old, real)] + [len(tokens), b, leaf])
+    tokens, old, real, length, which, leaf = (jnp.asarray(np.stack(x)) for x in zip(*rows))
+    credit, weight = leaf_credit[which, leaf], leaf_weight[which, leaf]
+
+    def loss(params):
+        module = MODEL.merge(params)
+        position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, _ = module(tokens, position, attention.causal(length))
+        logp = jax.nn.log_softmax(module.logits(hidden[:, :-1]))
+        logp = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
+        a, w = credit[:, None], weight[:, None] * real[:, 1:]
+        ratio = jnp.exp(logp - old[:, 1:])
+        gain = jnp.minimum(ratio * a, jnp.clip(ratio, 0.8, 1.2) * a)
+        return -jnp.sum(w * gain) / jnp.sum(w)
+
+    return jax.value_and_grad(loss)(params)
+
+
+def packed(params, tree, prompts, credit, include=None, **sizes):
+    """The same through packing and the step's microbatches."""
+    f = fns(**sizes)
+    include = jnp.ones(TREES, bool) if include is None else include
+
+    @jax.jit
+    def run(params, tree, prompts, credit):
+        bins = step.pack(f, tree, prompts, credit, include)
+        knobs = dict(temperature=jnp.float32(1), clip_low=0.2, clip_high=0.2)
+        grads, (loss, _, _) = step.gradient(
+            f, step.policy_objective(f, None, knobs), params, bins, jnp.sum(credit[2])
+        )
+        return loss, grads, bins
+
+    return run(params, tree, prompts, credit)
+
+
+def spread(tree, leaf_credit, leaf_weight):
+    return jax.vmap(lambda t, c, w: T.spread(t, leaf_credit=c, leaf_weight=w))(tree, leaf_credit, leaf_weight)
+
+
+def assert_close(got, want, rtol=1e-5):
+    """Relative to the largest entry of each array."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(1e-3, float(np.max(np.abs(b)))))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"fork": 0.0}, {"fork": 0.9, "end": 0.02, "prune": 0.02, "roots": 1}], ids=["mixed", "flat", "deep"]
+)
+@pytest.mark.parametrize("bin_tokens, bins_per_step", [(ROWS + WIDTH, 1), (16, 3), (64, 2)])
+def test_packed_loss_and_gradient_equal_flattened_ones(params, options, bin_tokens, bins_per_step):
+    tree, prompts, credit, weight = batch(bin_tokens, **options)
+    want = flattened(params, tree, prompts, credit, weight)
+    loss, grads, bins = packed(
+        params, tree, prompts, spread(tree, credit, weight), bin_tokens=bin_tokens, bins_per_step=bins_per_step
+    )
+    assert_close((loss, grads), want)
+    assert_close(jnp.sum(bins.weight), jnp.sum(spread(tree, credit, weight)[2]))
+    if options == {"fork": 0.0}:
+        assert all(int(jnp.sum(T.children(jax.tree.map(lambda x: x[b], tree))[1] > 1)) == 0 for b in range(TREES))
+    if options.get("roots") == 1 and bin_tokens == ROWS + WIDTH:
+        written = int(jnp.sum(bins.stop > 0))
+        unique = int(jnp.sum(jax.vmap(T.kept)(tree))) + int(jnp.sum(prompts.length))
+        assert written > unique, "no tree was split over bins, so repeated context was not exercised"
+
+
+def test_the_number_of_bins_and_microbatches_leaves_the_gradient_unchanged(params):
+    tree, prompts, credit, weight = batch(3)
+    credit = spread(tree, credit, weight)
+    _, want, first = packed(params, tree, prompts, credit)
+    counts = {int(first.count[0])}
+    for size, micro in ((ROWS + WIDTH, 4), (24, 1), (200, 2)):
+        _, got, bins = packed(params, tree, prompts, credit, bin_tokens=size, bins_per_step=micro)
+        assert_close(got, want)
+        counts.add(int(bins.count[0]))
+    assert len(counts) >= 3
+
+
+def test_bins_hold_each_cell_once_and_only_ancestors_are_seen(params):
+    """Every packed token's visible set, read off [tin, stop), is its prompt and its path."""
+    for seed, size in ((0, ROWS + WIDTH), (1, 20), (2, 90)):
+        tree, prompts, credit, weight = batch(seed)
+        codes = jnp.arange(ROWS * SLOTS).reshape(ROWS, SLOTS) + 1000 * (1 + jnp.arange(TREES))[:, None, None]
+        kept = jax.vmap(T.kept)(tree)
+        marks = tree.replace(token=codes, logp_policy=kept.astype(jnp.float32))
+        plain = prompts.replace(token=-1 - jnp.arange(TREES)[:, None] * 10 - jnp.arange(WIDTH))
+        _, _, bins = packed(params, tree, prompts, spread(tree, credit, weight), bin_tokens=size)
+        one = (kept.astype(jnp.float32),) * 3
+        coded = step.pack(fns(bin_tokens=size), marks, plain, one, jnp.ones(TREES, bool))
+        token, stop, parent, owned = (np.asarray(x)[0] for x in (coded.token, coded.stop, coded.parent, coded.weight))
+        position = np.asarray(coded.position)[0]
+        seen = sorted(token[owned > 0].tolist())
+        assert seen == sorted(np.asarray(codes)[np.asarray(kept)].tolist())
+        paths = {}
+        for b in range(TREES):
+            numpy_tree = jax.tree.map(lambda x: np.asarray(x[b]), tree)
+            prompt = [-1 - 10 * b - p for p in range(int(prompts.length[b]))]
+            for p in range(len(prompt)):
+                paths[prompt[p]] = prompt[: p + 1]
+            for cells in oracles.leaf_cells(numpy_tree).values():
+                path = [int(codes[b][c]) for c in cells]
+                for i, code in enumerate(path):
+                    paths[code] = prompt + path[: i + 1]
+        for n in range(int(coded.count[0])):
+            for q in np.flatnonzero(stop[n]):
+                visible = [int(token[n, k]) for k in range(q + 1) if q < stop[n, k]]
+                assert visible == paths[int(token[n, q])]
+                assert position[n, q] == len(visible) - 1
+                if len(visible) > 1:
+                    assert token[n, parent[n, q]] == visible[-2]
+
+
+def test_non_ancestors_have_exactly_zero_gradient(params):
+    tree, prompts, credit, weight = batch(5)
+    bins = step.pack(fns(bin_tokens=64), tree, prompts, spread(tree, credit, weight), jnp.ones(TREES, bool))
+    token, position, stop = (x[0][:1] for x in (bins.token, bins.position, bins.stop))
+    module = MODEL.merge(params)
+
+    def hidden(x):
+        angles = module.angles(position)
+        attend = attention.packed(stop, block=16)
+        for block in module.layers():
+            x, _ = block(x, angles, attend, None)
+        return x
+
+    jacobian = jax.jacobian(lambda x: jnp.sum(hidden(x), -1)[0])(module.embed(token))[:, 0]  # [C, C, D]
+    depends = np.any(np.asarray(jacobian) != 0, axis=-1)
+    index = np.arange(stop.shape[1])
+    allowed = (index[None] <= index[:, None]) & (index[:, None] < np.asarray(stop[0])[None])
+    real = np.asarray(stop[0]) > 0
+    np.testing.assert_array_equal(depends[real], allowed[real])
+
+
+def test_end_of_sequence_receives_gradient(params):
+    tree, prompts, _, _ = batch(7)
+    end = np.asarray(tree.end == T.FINISHED) & np.asarray(jax.vmap(T.kept)(tree))
+    assert end.sum() > 5 and np.all(np.asarray(tree.token)[end] == 1)
+    weight = jnp.asarray(end, jnp.float32)  # credit for the end tokens alone
+    _, grads, bins = packed(params, tree, prompts, (weight, 0 * weight, weight))
+    assert float(jnp.sum(bins.weight)) == end.sum()
+    assert float(jnp.max(jnp.abs(grads["embedding"][1]))) > 1e-4
+
+
+def test_trees_left_out_and_their_place_do_not_matter(params):
+    tree, prompts, credit, weight = batch(8)
+    some = jnp.array([True, False, True, True, False, True])
+    masked = jnp.where(some[:, None], credit, 0)
+    _, want, _ = packed(params, tree, prompts, spread(tree, masked, weight))
+    _, got, _ = packed(params, tree, prompts, spread(tree, masked, weight), include=some)
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("rule", ["chaos", "lookahead"])
+def test_cached_decoding_equals_the_full_forward(params, rule):
+    """After arbitrary forks, prunes and rebirths, the sampler's log-probs are the learner's."""
+    import sampler_test
+
+    from treerl import branching, pruning, sampler
+
+    rows, slots = 10, 5
+    prompts = batch(0)[1]
+
+    @jax.jit
+    def grow(params, key):
+        chaos = sampler_test.chaos(key)
+        rules = dict(
+            chaos=(chaos, sampler_test.chaos_prune(key)),
+            lookahead=(
+                branching.lookahead(tau_abs=0.05, tau_rel=0.6, share=0.8, fill_after=4, greedy=False),
+                pruning.similarity(windows=(2, 4), tau_ed=0.7),
+            ),
+        )
+        return sampler.sample(
+            make_policy(MODEL, params, slots=slots, rows=rows), *rules[rule], prompts, key, slots=slots, rows=rows,
+            budget=3 * rows, segment=2, lengths=(4, rows), temperature=jnp.float32(0.9), top_p=jnp.float32(1),
+            eos=jnp.array([1]),
+        )  # fmt: skip
+
+    compared = restarts = 0
+    for seed in range(3):
+        tree, stats = grow(params, jax.random.key(seed))
+        restarts += int(jnp.sum(stats.restarts))
+        for b in range(TREES):
+            T.check(jax.tree.map(lambda x: x[b], tree))
+        ones = jnp.ones(tree.token.shape)
+        bins = step.pack(fns(bin_tokens=rows + WIDTH, rows=rows), tree, prompts, (ones, ones, ones), jnp.ones(TREES, bool))
+        flat = jax.tree.map(lambda x: x[0], {k: v for k, v in bins.items() if k != "count"})
+        module, hidden = packed_hidden(MODEL, params, flat["token"], flat["position"], flat["stop"])
+        hidden = jnp.take_along_axis(hidden, flat["parent"][..., None], axis=1).reshape(-1, hidden.shape[-1])
+        logp, _ = token_logps(module, hidden, flat["token"].reshape(-1), jnp.float32(0.9), chunk=64)
+        owned = np.asarray(flat["weight"]).reshape(-1) > 0
+        np.testing.assert_allclose(np.asarray(logp)[owned], np.asarray(flat["logp"]).reshape(-1)[owned], atol=2e-5)
+        compared += owned.sum()
+    assert compared > 300 and (rule == "lookahead" or restarts > 20)
+
+
+def test_chunked_log_probs_equal_whole_ones(params):
+    module = MODEL.merge(params)
+    hidden = jax.random.normal(jax.random.key(0), (23, 16))
+    target = jnp.arange(23) % VOCAB
+    whole = jax.nn.log_softmax(module.logits(hidden) / 0.7)
+    entropy = -jnp.sum(jnp.exp(whole) * whole, -1)
+    for chunk in (5, 23, 100):
+        logp, got = token_logps(module, hidden, target, 0.7, chunk=chunk)
+        np.testing.assert_allclose(logp, whole[jnp.arange(23), target], atol=1e-5)
+        np.testing.assert_allclose(got, entropy, atol=1e-5)
+
+
+def test_a_bin_that_cannot_hold_a_path_is_refused():
+    with pytest.raises(ValueError, match=r"learner.bin_tokens=10 is less than prompt_length \+ answer_length = 11"):
+        packing.bin_bound(TREES, SLOTS, ROWS + WIDTH, 10)
+
+
+def test_bin_bound_is_never_exceeded():
+    assign = jax.jit(packing._assign, static_argnames="size")
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        length = np.sort(rng.integers(0, 9, (4, 3)), axis=1)[:, ::-1]
+        shared = np.concatenate([np.zeros((4, 1), int), np.minimum(length[:, 1:], rng.integers(0, 8, (4, 2)))], axis=1)
+        shared = np.minimum(shared, np.maximum(length - 1, 0))
+        prompt = rng.integers(1, 5, 4)
+        size = int(rng.integers(12, 30))
+        start, whole, count = assign(jnp.asarray(length), jnp.asarray(shared), jnp.asarray(prompt), size=size)
+        assert int(count) <= packing.bin_bound(4, 3, 12, size)
+        total = np.where(np.asarray(whole), prompt[:, None] + length, length - shared)
+        first, last = np.asarray(start), np.asarray(start) + np.maximum(total, 1) - 1
+        assert np.all((first // size == last // size) | (length == 0)), "a leaf straddles two bins"
+
+
+def test_clipped_objective_by_hand_and_its_zero_gradients():
+    logp, old = jnp.log(jnp.array([1.5, 1.5, 0.5, 0.5, 1.0])), jnp.zeros(5)
+    positive, negative = jnp.array([1.0, 0, 1, 0, 2]), jnp.array([0.0, -1, 0, -1, -3])
+    loss, is_clipped = losses.clipped(logp, old, positive, negative, clip_low=0.2, clip_high=0.2)
+    np.testing.assert_allclose(loss, [-1.2, 1.5, -0.5, 0.8, 1.0], rtol=1e-6)
+    np.testing.assert_array_equal(is_clipped, [True, False, False, True, False])
+    total = lambda x: jnp.sum(losses.clipped(x, old, positive, negative, clip_low=0.2, clip_high=0.2)[0])
+    np.testing.assert_allclose(jax.grad(total)(logp), [0, 1.5, -0.5, 0, 1.0], rtol=1e-6)
+
+
+def test_k3_is_positive_and_unbiased():
+    p, q = jax.nn.log_softmax(jnp.array([0.3, -1.0, 0.5])), jax.nn.log_softmax(jnp.array([-0.2, 0.1, 0.4]))
+    each = losses.kl_k3(p, q)
+    assert np.all(each >= 0)
+    np.testing.assert_allclose(jnp.sum(jnp.exp(p) * each), jnp.sum(jnp.exp(p) * (p - q)), rtol=1e-5)
+
+
+def test_unknown_names_are_refused():
+    from experiments.countdown import get_config
+
+    config = get_config()
+    config.advantage.name = "magic"
+    task = tasks.Task(tokenizer=tasks.CharTokenizer("ab"), train=[], heldout=[], encode=None, grade=None)
+    mesh = fns().mesh
+    with pytest.raises(ValueError, match="advantage.name='magic' is unknown; known are branch_depthwise, grpo."):
+        step.make_fns(config, task, mesh)
