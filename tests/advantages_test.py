@@ -9,6 +9,9 @@ from treerl import tree as T
 from treerl.advantages import branch_depthwise, grpo
 
 
+GRPO, DEPTHWISE = jax.jit(grpo), jax.jit(branch_depthwise)
+
+
 def star(count):
     """A tree that never forks below the prompt: `count` independent samples of two tokens."""
     parent = np.stack([np.full(count, -1), np.arange(count)])
@@ -54,7 +57,7 @@ def test_a_tree_that_never_forks_is_grpo():
     rng = np.random.default_rng(2)
     for count in (2, 3, 8):
         tree, reward = star(count), jnp.asarray(rng.normal(size=count), jnp.float32)
-        leaf, cell = grpo(tree, reward), branch_depthwise(tree, reward)
+        leaf, cell = GRPO(tree, reward), DEPTHWISE(tree, reward)
         np.testing.assert_allclose(cell, jnp.broadcast_to(leaf, cell.shape), rtol=1e-5)
         for got, want in zip(T.spread(tree, cell_credit=cell), T.spread(tree, leaf_credit=leaf)):
             np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -84,7 +87,7 @@ def test_one_fork_beside_independent_samples_gets_credit_through_virtual_leaves(
     assert branch_depthwise(tree, reward, virtual=False)[1, 0] == 0
 
 
-@pytest.mark.parametrize("estimator", [grpo, branch_depthwise])
+@pytest.mark.parametrize("estimator", [GRPO, DEPTHWISE])
 def test_degenerate_groups_get_exactly_zero(estimator):
     chain = T.from_parents([[-1], [0]], [[1], [1]], [[1, 0]])
     assert not np.any(estimator(chain, jnp.array([1.0])))

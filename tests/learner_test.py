@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracles
 import pytest
 from jax.sharding import Mesh
@@ -12,7 +13,7 @@ from treerl import tree as T
 from treerl.models.policy import make_policy, packed_hidden, token_logps
 from treerl.models.transformer import Model, TransformerConfig
 from treerl.sharding import AXES
-from treerl.types import Prompts
+from treerl.types import Prompts, TrainState
 
 ROWS, SLOTS, WIDTH, VOCAB, TREES = 7, 5, 4, 9, 6
 MODEL = Model(
@@ -100,8 +101,15 @@ def packed(params, tree, prompts, credit, include=None, **sizes):
     return run(params, tree, prompts, credit)
 
 
+@jax.jit
 def spread(tree, leaf_credit, leaf_weight):
     return jax.vmap(lambda t, c, w: T.spread(t, leaf_credit=c, leaf_weight=w))(tree, leaf_credit, leaf_weight)
+
+
+def lay_out(tree, prompts, credit, **sizes):
+    """The bins of one shard, compiled as a whole."""
+    f = fns(**sizes)
+    return jax.jit(lambda *args: step.pack(f, *args, jnp.ones(TREES, bool)))(tree, prompts, credit)
 
 
 def assert_close(got, want, rtol=1e-5):
@@ -123,7 +131,7 @@ def test_packed_loss_and_gradient_equal_flattened_ones(params, options, bin_toke
     assert_close((loss, grads), want)
     assert_close(jnp.sum(bins.weight), jnp.sum(spread(tree, credit, weight)[2]))
     if options == {"fork": 0.0}:
-        assert all(int(jnp.sum(T.children(jax.tree.map(lambda x: x[b], tree))[1] > 1)) == 0 for b in range(TREES))
+        assert not np.any(jax.jit(jax.vmap(lambda t: T.forks(t)[1]))(tree))
     if options.get("roots") == 1 and bin_tokens == ROWS + WIDTH:
         written = int(jnp.sum(bins.stop > 0))
         unique = int(jnp.sum(jax.vmap(T.kept)(tree))) + int(jnp.sum(prompts.length))
@@ -142,17 +150,16 @@ def test_the_number_of_bins_and_microbatches_leaves_the_gradient_unchanged(param
     assert len(counts) >= 3
 
 
-def test_bins_hold_each_cell_once_and_only_ancestors_are_seen(params):
+def test_bins_hold_each_cell_once_and_only_ancestors_are_seen():
     """Every packed token's visible set, read off [tin, stop), is its prompt and its path."""
     for seed, size in ((0, ROWS + WIDTH), (1, 20), (2, 90)):
-        tree, prompts, credit, weight = batch(seed)
+        tree, prompts, _, _ = batch(seed)
         codes = jnp.arange(ROWS * SLOTS).reshape(ROWS, SLOTS) + 1000 * (1 + jnp.arange(TREES))[:, None, None]
         kept = jax.vmap(T.kept)(tree)
         marks = tree.replace(token=codes, logp_policy=kept.astype(jnp.float32))
         plain = prompts.replace(token=-1 - jnp.arange(TREES)[:, None] * 10 - jnp.arange(WIDTH))
-        _, _, bins = packed(params, tree, prompts, spread(tree, credit, weight), bin_tokens=size)
         one = (kept.astype(jnp.float32),) * 3
-        coded = step.pack(fns(bin_tokens=size), marks, plain, one, jnp.ones(TREES, bool))
+        coded = lay_out(marks, plain, one, bin_tokens=size)
         token, stop, parent, owned = (np.asarray(x)[0] for x in (coded.token, coded.stop, coded.parent, coded.weight))
         position = np.asarray(coded.position)[0]
         seen = sorted(token[owned > 0].tolist())
@@ -178,7 +185,7 @@ def test_bins_hold_each_cell_once_and_only_ancestors_are_seen(params):
 
 def test_non_ancestors_have_exactly_zero_gradient(params):
     tree, prompts, credit, weight = batch(5)
-    bins = step.pack(fns(bin_tokens=64), tree, prompts, spread(tree, credit, weight), jnp.ones(TREES, bool))
+    bins = lay_out(tree, prompts, spread(tree, credit, weight), bin_tokens=64)
     token, position, stop = (x[0][:1] for x in (bins.token, bins.position, bins.stop))
     module = MODEL.merge(params)
 
@@ -189,7 +196,7 @@ def test_non_ancestors_have_exactly_zero_gradient(params):
             x, _ = block(x, angles, attend, None)
         return x
 
-    jacobian = jax.jacobian(lambda x: jnp.sum(hidden(x), -1)[0])(module.embed(token))[:, 0]  # [C, C, D]
+    jacobian = jax.jit(jax.jacobian(lambda x: jnp.sum(hidden(x), -1)[0]))(module.embed(token))[:, 0]  # [C, C, D]
     depends = np.any(np.asarray(jacobian) != 0, axis=-1)
     index = np.arange(stop.shape[1])
     allowed = (index[None] <= index[:, None]) & (index[:, None] < np.asarray(stop[0])[None])
@@ -249,7 +256,7 @@ def test_cached_decoding_equals_the_full_forward(params, rule):
         for b in range(TREES):
             T.check(jax.tree.map(lambda x: x[b], tree))
         ones = jnp.ones(tree.token.shape)
-        bins = step.pack(fns(bin_tokens=rows + WIDTH, rows=rows), tree, prompts, (ones, ones, ones), jnp.ones(TREES, bool))
+        bins = lay_out(tree, prompts, (ones, ones, ones), bin_tokens=rows + WIDTH, rows=rows)
         flat = jax.tree.map(lambda x: x[0], {k: v for k, v in bins.items() if k != "count"})
         module, hidden = packed_hidden(MODEL, params, flat["token"], flat["position"], flat["stop"])
         hidden = jnp.take_along_axis(hidden, flat["parent"][..., None], axis=1).reshape(-1, hidden.shape[-1])
@@ -308,6 +315,43 @@ def test_k3_is_positive_and_unbiased():
     each = losses.kl_k3(p, q)
     assert np.all(each >= 0)
     np.testing.assert_allclose(jnp.sum(jnp.exp(p) * each), jnp.sum(jnp.exp(p) * (p - q)), rtol=1e-5)
+
+
+def learned(params, kl=0.0, reference=None, epochs=1):
+    """(state, metrics) of `learn` with plain gradient descent on one batch."""
+    tree, prompts, credit, weight = batch(9)
+    f = fns(bin_tokens=24, epochs=epochs)._replace(
+        optimizer=optax.sgd(0.5), needs_reference=reference is not None
+    )
+    state = TrainState(
+        params=params, opt_state=f.optimizer.init(params), reference=reference, step=jnp.int32(0),
+        key=jnp.zeros(2, jnp.uint32), position=jnp.int32(0),
+    )  # fmt: skip
+    knobs = dict(temperature=jnp.float32(1), clip_low=0.2, clip_high=0.2, kl=kl)
+    run = jax.jit(lambda s, *data: step.learn(f, s, *data, knobs))
+    return run(state, tree, prompts, spread(tree, credit, weight))
+
+
+def test_kl_to_a_reference_is_added_and_vanishes_at_the_policy_itself(params):
+    other = jax.tree.map(lambda p: p + 0.05, params)
+    plain, _ = learned(params)
+    same, metrics = learned(params, kl=3.0, reference=params)
+    assert_close(same.params, plain.params)
+    assert abs(float(metrics["kl"])) < 1e-6
+    pulled, metrics = learned(params, kl=3.0, reference=other)
+    assert float(metrics["kl"]) > 1e-4
+    moved = sum(float(jnp.sum(jnp.abs(a - b))) for a, b in zip(*map(jax.tree.leaves, (pulled.params, plain.params))))
+    assert moved > 1e-3
+    off, _ = learned(params, kl=0.0, reference=other)
+    assert_close(off.params, plain.params)
+
+
+def test_two_epochs_are_two_updates_on_the_same_trees(params):
+    once, first = learned(params)
+    want, _ = learned(once.params)
+    got, metrics = learned(params, epochs=2)
+    assert_close(got.params, want.params)
+    assert_close(metrics["logp_drift"], first["logp_drift"])  # of the first epoch
 
 
 def test_unknown_names_are_refused():

@@ -94,7 +94,7 @@ def test_descendants_go_with_the_child_even_finished_ones():
     )  # fmt: skip
     rule = pruning.similarity(windows=(2,), tau_ed=1.1)  # prunes every child that is due
     token = jnp.zeros((1, 4, 5), jnp.int32)
-    reason, _ = rule.step(rule.start(1, 5), lines, token)
+    reason, _ = jax.jit(rule.step)(rule.start(1, 5), lines, token)
     np.testing.assert_array_equal(reason, [[0, T.SIMILAR, T.SIMILAR, T.SIMILAR, 0]])
 
 

@@ -7,6 +7,7 @@ from typing import Callable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 Attend = Callable
 
@@ -72,8 +73,7 @@ def pool(prompt_length: jax.Array, row: jax.Array, path: jax.Array, write: jax.A
         tree = jnp.arange(batch)[:, None]
         pool_k = pool_k.at[tree, :, own[None], target].set(k.astype(pool_k.dtype), mode="drop")
         pool_v = pool_v.at[tree, :, own[None], target].set(v.astype(pool_v.dtype), mode="drop")
-        group = k.shape[2]
-        q = q.reshape(batch, slots, group, -1, q.shape[-1]) * q.shape[-1] ** -0.5
+        q = rearrange(q * q.shape[-1] ** -0.5, "b k (g r) d -> b k g r d", g=k.shape[2])
         lowest = jnp.finfo(jnp.float32).min
         f32 = dict(preferred_element_type=jnp.float32)
         on_prompt = jnp.einsum("bkgrd,bpgd->bgkrp", q, prompt_k, **f32)
@@ -87,9 +87,8 @@ def pool(prompt_length: jax.Array, row: jax.Array, path: jax.Array, write: jax.A
         norm = on_prompt.sum(-1) + on_pool.sum((-1, -2))
         out = jnp.einsum("bgkrp,bpgd->bkgrd", on_prompt.astype(v.dtype), prompt_v, **f32)
         out += jnp.einsum("bgkrjs,bgjsd->bkgrd", on_pool.astype(v.dtype), pool_v[:, :, :, :rows], **f32)
-        out = out / jnp.einsum("bgkr->bkgr", norm)[..., None]
-        return out.astype(v.dtype).reshape(batch, slots, -1, out.shape[-1]), (
-            prompt_k, prompt_v, pool_k, pool_v,
-        )  # fmt: skip
+        out = out / rearrange(norm, "b g k r -> b k g r 1")
+        out = rearrange(out.astype(v.dtype), "b k g r d -> b k (g r) d")
+        return out, (prompt_k, prompt_v, pool_k, pool_v)
 
     return attend
