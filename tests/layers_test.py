@@ -202,4 +202,4 @@ def test_top_level_holds_only_what_was_agreed():
     """Of files under version control and new ones; what .gitignore names may lie about."""
     files = git("ls-files") + git("ls-files", "--others", "--exclude-standard")
     tops = {path.split("/")[0] for path in files}
-    assert {top for top in tops if not top.startswith(".")} <= TOP_LEVEL
+    assert {top for top in tops if not top.startswith(".")} == TOP_LEVEL

@@ -98,6 +98,38 @@ def test_descendants_go_with_the_child_even_finished_ones():
     np.testing.assert_array_equal(reason, [[0, T.SIMILAR, T.SIMILAR, T.SIMILAR, 0]])
 
 
+def two_lines(**changes):
+    """Slot 1 forked from slot 0 at row 1 and says the same; both have rows 1 and 2: window 2 is due."""
+    from treerl.types import ACTIVE, Lines
+
+    path = np.full((1, 2, 4), -1)
+    path[0, 0, :3], path[0, 1, :3] = 0, [0, 1, 1]
+    array = lambda x: jnp.asarray([x])
+    fields = dict(
+        status=array([ACTIVE, ACTIVE]), cursor=array([3, 3]), path=jnp.asarray(path), birth=array([0, 1]),
+        parent=array([-1, 0]), may_fork=array([True] * 2), started=array([1, 0]), key=jnp.zeros((1, 2, 2), jnp.uint32),
+    )  # fmt: skip
+    return Lines(**(fields | {name: array(value) for name, value in changes.items()}))
+
+
+@pytest.mark.parametrize(
+    "changes, pruned",
+    [
+        ({}, True),
+        (dict(status=[2, 1], cursor=[3, 3]), False),  # the parent ended with the window's last row
+        (dict(status=[2, 1], cursor=[2, 3]), False),  # the parent ended before
+        (dict(status=[1, 2]), False),  # the child ended with the window's last row
+        (dict(cursor=[4, 4]), False),  # the window is over
+        (dict(parent=[-1, -1]), False),  # no child
+    ],
+)
+def test_a_child_is_kept_if_either_line_ended_inside_the_window(changes, pruned):
+    rule = pruning.similarity(windows=(2,), tau_ed=1.1)
+    step = jax.jit(rule.step)
+    reason, _ = step(rule.start(1, 2), two_lines(**changes), jnp.zeros((1, 4, 2), jnp.int32))
+    np.testing.assert_array_equal(reason, [[0, T.SIMILAR if pruned else 0]])
+
+
 def test_threshold_extremes():
     for tau_ed, all_go in ((0.0, False), (1.5, True)):
         tree, stats = sampler_test.grow(
@@ -105,7 +137,9 @@ def test_threshold_extremes():
             windows=(2,), tau_ed=tau_ed, eos=(-1,), fill_after=99, tau_abs=0.05, tau_rel=0.9,
         )  # fmt: skip
         assert bool(stats.pruned.sum() > 0) == all_go
-        if all_go:  # only the first line outlives its children for ever
-            late = np.asarray(tree.used)[:, 4:, 1:] & (np.asarray(tree.source)[:, 4:, 1:] == T.SAMPLED)
-            assert not np.any(np.asarray(tree.end)[:, -3, 1:][late[:, -7, :]] == T.FINISHED)
-            assert np.all(np.asarray(tree.leaf)[:, 0, 0] == sampler_test.S - 1)
+        if all_go:  # no child outlives its window of two rows: forced tokens near the end excepted
+            born = np.asarray(tree.source) == T.FORCED
+            two_later = np.roll(np.asarray(tree.parent), -2, axis=1)
+            column = np.arange(born.shape[2])
+            lives_on = born[:, :-2] & (two_later[:, :-2] == column) & (np.asarray(tree.source)[:, 2:] == T.SAMPLED)
+            assert not np.any(lives_on & np.asarray(tree.used)[:, 2:])

@@ -245,6 +245,35 @@ def test_a_line_that_outlasts_the_budget_is_cut_and_no_leaf():
     assert np.all(tree.leaf == -1) and np.all(np.asarray(tree.end)[:, 7] == T.CUT)
 
 
+def test_empty_slots_are_filled_from_the_prompt_after_fill_after_iterations():
+    """Fills start at that iteration, do not fork, and an exact budget lets them reach the last row."""
+    uniform = np.zeros((VOCAB, VOCAB), np.float32)  # every token is a candidate wherever forking is allowed
+    for late in (1, 4):
+        no_forks, stats = grow(
+            uniform, jax.random.key(0), jnp.arange(B), rule="lookahead", tau_abs=1.0, eos=(-1,), fill_after=late,
+            budget=S + late + 1, segment=1,
+        )  # fmt: skip
+        assert np.all(no_forks.leaf[..., 0] == S - 1) and np.all(stats.restarts == K - 1)
+        assert np.all(stats.iterations == S + late + 1)
+        short, _ = grow(
+            uniform, jax.random.key(0), jnp.arange(B), rule="lookahead", tau_abs=1.0, eos=(-1,), fill_after=late,
+            budget=S + late, segment=1,
+        )  # fmt: skip
+        assert np.all(short.leaf[:, 1:, 0] == -1) and np.all(short.leaf[:, 0, 0] == S - 1)
+    # with share 0.4 two slots grow a tree: one fork fills them, and the plain lines never fork
+    mixed, stats = grow(
+        uniform, jax.random.key(0), jnp.arange(B), rule="lookahead", share=0.4, tau_abs=0.0, tau_rel=2.0, eos=(-1,)
+    )
+    assert np.all(stats.forks == 1) and np.all(np.asarray(mixed.parent)[:, 0] == -1)
+    filled, stats = grow(
+        uniform, jax.random.key(0), jnp.arange(B), rule="lookahead", prune="similarity", tau_abs=0.0, tau_rel=2.0,
+        tau_ed=9.0, windows=(1,), eos=(-1,), fill_after=3, budget=2 * S,
+    )  # every child dies at once, so the slots are empty again when they are filled
+    for one in each(filled):
+        assert not np.any(one.source[:, 1:][one.end[:, 1:] < T.PRUNED] == T.FORCED)
+    assert np.all(stats.restarts == K - 1) and np.all(stats.forks > K)
+
+
 def test_samples_follow_the_table():
     logits = table(3)
     tree, _ = grow(logits, jax.random.key(0), jnp.arange(400), rule="stochastic", eos=(-1,))

@@ -5,6 +5,7 @@ Run as a program it takes the step on simulated devices, see `test_devices_do_no
 import contextlib
 import functools
 import os
+import re
 import pathlib
 import subprocess
 import sys
@@ -173,6 +174,21 @@ def test_devices_do_not_change_the_step(first, tmp_path):
         assert_close(actual, wanted, "params")
 
 
+def token_loop_collectives(tiny) -> list[str]:
+    """Collectives in the sampler's innermost loop, one line of compiled text each.
+
+    Trees are independent and weights are gathered before the loop: over data and fsdp there is
+    nothing to communicate for a token.
+    """
+    grow = lambda params, prompts, knobs: S.rollout(tiny.fns, params, prompts, jax.random.key(0), 0, knobs)
+    jitted = jax.jit(grow, in_shardings=(tiny.shardings.params, tiny.trees, tiny.whole))
+    text = jitted.lower(tiny.state().params, tiny.prompts(), tiny.knobs).compile().as_text()
+    kinds = r"= \S+ (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[^(]*\("
+    found = [line for line in text.splitlines() if re.search(kinds, line)]
+    assert any("sharding_constraint" in line for line in found), "the weights' gathers are not seen"
+    return [line.strip() for line in found if line.count("while/body") >= 3]
+
+
 def main(folder: str):
     assert jax.device_count() == 8
     for name, sizes in MESHES.items():
@@ -180,6 +196,8 @@ def main(folder: str):
         embedding = tiny.state().params["embedding"]
         shard = embedding.addressable_shards[0].data.shape
         assert shard == (12 // sizes.get("tensor", 1), 16 // sizes["fsdp"]), shard  # it is cut indeed
+        if "tensor" not in sizes:
+            assert not token_loop_collectives(tiny), token_loop_collectives(tiny)
         with with_trees():
             result = numbers(*tiny.step(tiny.state(), tiny.prompts(), tiny.knobs))
         np.savez(os.path.join(folder, f"{name}.npz"), **result)

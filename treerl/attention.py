@@ -70,9 +70,10 @@ def pool(prompt_length: jax.Array, row: jax.Array, path: jax.Array, write: jax.A
 
     def attend(q, k, v, cache):
         prompt_k, prompt_v, pool_k, pool_v = cache
-        tree = jnp.arange(batch)[:, None]
-        pool_k = pool_k.at[tree, :, own[None], target].set(k.astype(pool_k.dtype), mode="drop")
-        pool_v = pool_v.at[tree, :, own[None], target].set(v.astype(pool_v.dtype), mode="drop")
+        # a tree at a time, so that the partitioner sees that trees are independent
+        put = jax.vmap(lambda pool, new, row: pool.at[:, own, row].set(new.swapaxes(0, 1), mode="drop"))
+        pool_k = put(pool_k, k.astype(pool_k.dtype), target)
+        pool_v = put(pool_v, v.astype(pool_v.dtype), target)
         q = rearrange(q * q.shape[-1] ** -0.5, "b k (g r) d -> b k g r d", g=k.shape[2])
         lowest = jnp.finfo(jnp.float32).min
         f32 = dict(preferred_element_type=jnp.float32)

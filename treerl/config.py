@@ -83,8 +83,9 @@ def default() -> ConfigDict:
             epochs=1,  # updates on the same trees
             clip_low=0.2,  # no gain below the ratio 1 - clip_low ...
             clip_high=0.2,  # ... and above 1 + clip_high
-            kl=0.0,  # weight of the KL to the policy after the warm start
+            kl=0.0,  # weight of the KL to the policy after the warm start; 0 keeps no reference
             weighting="token",  # token: every token counts alike; sequence: every rollout does
+            #                     (a shared cell with credit of its own then weighs the sum of its leaves)
             vocab_chunk=1024,  # tokens whose logits exist at a time
             remat=False,  # recompute layers in the backward pass
         )

@@ -12,7 +12,7 @@ class MetricsFile:
 
     A run resumed from the checkpoint of step n repeats the steps after n: their
     lines go, as does a last line that an interruption cut short, so the file
-    always tells one story. With several processes only the first opens it.
+    always tells one story. With several processes, open it in the first alone.
 
     Args:
       path: the file; it and its folder are created if missing.

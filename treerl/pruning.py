@@ -67,8 +67,9 @@ def similarity(*, windows: tuple[int, ...], tau_ed) -> Pruning:
         age = lines.cursor - lines.birth  # own tokens so far
         last = jnp.maximum(lines.cursor - 1, 0)
         parent = jnp.maximum(lines.parent, 0)
-        tree = jnp.arange(token.shape[0])[:, None]
-        newest = token[tree, last, jnp.arange(slots)], token[tree, last, parent]
+        own = jnp.broadcast_to(jnp.arange(slots), parent.shape)
+        read = jax.vmap(lambda token, row, column: token[row, column])
+        newest = read(token, last, own), read(token, last, parent)
         n = jnp.clip(age, 1, longest)
 
         def one(mine, theirs, row, column, new, n):

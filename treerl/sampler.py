@@ -32,7 +32,7 @@ class _Carry(NamedTuple):
     cache: object
     memory: object  # of the pruning rule
     stats: Stats
-    active: jax.Array  # [] bool, whether anything runs or may still be born
+    active: jax.Array  # [B] bool, whether anything of the tree runs or may still be born
     iteration: jax.Array  # [] int32
 
 
@@ -109,6 +109,11 @@ def _free_from(lines: Lines) -> jax.Array:
     return jnp.where(lines.status == FREE, below, rows + 1)
 
 
+def _head_row(cursor):
+    """Row of a line's head, clipped to the grid."""
+    return jnp.maximum(cursor - 1, 0)
+
+
 def _take(x, slot):
     """Reads x [B, K, ...] at slot [B, K], clipped."""
     slot = jnp.maximum(slot, 0)
@@ -132,6 +137,10 @@ def sample(
     eos: jax.Array,
 ) -> tuple[T.Tree, Stats]:
     """Grows one tree a prompt.
+
+    Each iteration decodes every slot once, a newborn that draws from the next one on: a line that
+    starts at the prompt at iteration i needs a budget of i + 1 + rows to reach the last row. One
+    that starts too late for that can be CUT, which favours short answers among late starts.
 
     A line ends FINISHED at an end-of-sequence token (which is part of it), TRUNCATED at the last
     row, PRUNED by the rule, or CUT when the loop budget is spent; the first two are leaves and
@@ -195,9 +204,9 @@ def sample(
 
     def step(rows_in_use, carry: _Carry) -> _Carry:
         lines, grid = carry.lines, carry.grid
-        row = row_of(lines.cursor)
+        row = _head_row(lines.cursor)
         column = jnp.maximum(jnp.take_along_axis(lines.path, row[..., None], axis=-1)[..., 0], 0)
-        head = grid["token"][jnp.arange(batch)[:, None], row, column]
+        head = jax.vmap(lambda token, row, column: token[row, column])(grid["token"], row, column)
         was_active = lines.status == ACTIVE
         write = was_active & (lines.cursor > 0) & (column == slot)
         logits, cache = policy.decode(carry.cache, head, row, lines.path, write, rows_in_use)
@@ -211,10 +220,10 @@ def sample(
         source = jnp.where(forked, births.line, slot)  # whose logits the token comes from
         token = jnp.where(forked, births.token, jnp.where(ruled >= 0, ruled, drawn))
         forced = forked | (ruled >= 0)
-        at_token = logp[jnp.arange(batch)[:, None], source, token]
+        at_token = jax.vmap(lambda logp, source, token: logp[source, token])(logp, source, token)
         ended = jnp.any(token[..., None] == eos, axis=-1)
         end = jnp.where(ended, T.FINISHED, jnp.where(lines.cursor == rows - 1, T.TRUNCATED, T.RUNNING))
-        above = jnp.take_along_axis(lines.path, row_of(lines.cursor)[..., None], axis=-1)[..., 0]
+        above = jnp.take_along_axis(lines.path, _head_row(lines.cursor)[..., None], axis=-1)[..., 0]
         cell = dict(
             token=token,
             parent=jnp.where(lines.cursor > 0, above, T.NONE),
@@ -251,8 +260,8 @@ def sample(
             iterations=carry.stats.iterations + 1,
         )
         # an empty slot may still be filled at the next iteration, when the rule sees nothing runs
-        idle = jnp.any(was_active) & jnp.any(lines.status == FREE)
-        active = jnp.any(lines.status == ACTIVE) | idle
+        idle = jnp.any(was_active, axis=1) & jnp.any(lines.status == FREE, axis=1)
+        active = jnp.any(lines.status == ACTIVE, axis=1) | idle
         return _Carry(lines, grid, cache, memory, stats, active, carry.iteration + 1)
 
     begins, may_fork = branching.start(batch, slots)
@@ -268,7 +277,7 @@ def sample(
     grid = {name: blank.astype(types.get(name, jnp.float32)) for name in _GRID}
     nothing = jnp.zeros((batch,), jnp.int32)
     carry = _Carry(
-        lines, grid, cache, pruning.start(batch, slots), Stats(*[nothing] * 5), jnp.bool_(True), jnp.int32(0)
+        lines, grid, cache, pruning.start(batch, slots), Stats(*[nothing] * 5), jnp.ones((batch,), bool), jnp.int32(0)
     )
 
     def need(carry):
@@ -277,7 +286,7 @@ def sample(
         return jnp.max(running) + segment
 
     def goes_on(carry):
-        return carry.active & (carry.iteration < budget)
+        return jnp.any(carry.active) & (carry.iteration < budget)  # the only test over all trees
 
     def run(carry):
         for shorter, length in zip((0,) + tuple(lengths), lengths):
@@ -291,11 +300,6 @@ def sample(
 
     carry = jax.lax.while_loop(goes_on, run, carry)
     return _finish(carry, slot)
-
-
-def row_of(cursor):
-    """Row of the head, clipped to the grid."""
-    return jnp.maximum(cursor - 1, 0)
 
 
 def _finish(carry: _Carry, slot) -> tuple[T.Tree, Stats]:

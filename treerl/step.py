@@ -74,7 +74,12 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
         )  # fmt: skip
 
     branchings = {"stochastic": lambda knobs, step: branching.stochastic(), "lookahead": lookahead}
-    windows = tuple(w for w in p.windows if w <= s.answer_length)
+    windows = tuple(p.windows)
+    if p.rule == "similarity" and (not windows or not 1 <= min(windows) <= max(windows) <= s.answer_length):
+        raise ValueError(
+            f"pruning.windows={windows} must be lengths from 1 to sampler.answer_length={s.answer_length}; "
+            "shorten them, or set pruning.rule=none."
+        )
     prunings = {
         "none": lambda knobs: pruning.none(),
         "similarity": lambda knobs: pruning.similarity(windows=windows, tau_ed=knobs["tau_ed"]),
@@ -91,7 +96,7 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
     return Fns(
         sizes=Sizes(
             prompts=s.prompts, slots=s.slots, prompt=s.prompt_length, rows=s.answer_length,
-            budget=s.answer_length + (b.fill_after if forks else 0), segment=s.segment,
+            budget=s.answer_length + (b.fill_after + 1 if forks else 0), segment=s.segment,
             lengths=tuple(s.lengths) + (s.answer_length,), bin_tokens=l.bin_tokens,
             bins_per_step=l.bins_per_step, epochs=l.epochs, vocab_chunk=l.vocab_chunk, remat=l.remat,
         ),
@@ -299,7 +304,8 @@ def gradient(fns: Fns, objective, params, bins: packing.Bins, weight):
         return packing.Bins(count=bins.count, **jax.tree.map(take, arrays))
 
     value = jax.value_and_grad(objective, has_aux=True)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value, params, jax.eval_shape(micro, 0)))
+    shapes = jax.eval_shape(value, params, jax.eval_shape(micro, 0))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)  # whatever the parameters are
 
     def body(carry):
         i, ((loss, (sums, top)), grads) = carry
@@ -313,6 +319,7 @@ def gradient(fns: Fns, objective, params, bins: packing.Bins, weight):
     )
     norm = jnp.maximum(weight, 1e-9)
     grads, sums = jax.tree.map(lambda x: x / norm, (grads, sums))
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
     return grads, (loss / norm, sums, top)
 
 

@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from treerl import prompts as P
-from treerl import report, rewards, sharding, tasks
+from treerl import metrics, report, rewards, sharding, tasks
 from treerl import step as S
+from treerl import tree as T
 from treerl.checkpoint import Checkpoints, abstract
 from treerl.evaluate import pass_at_k
-from treerl.metrics import MetricsFile
 from treerl.optimizer import make_optimizer
 
 
@@ -88,8 +88,9 @@ class Experiment:
             return tree, reward, S.estimate(self.fns, tree, reward)[0]
 
         tree, reward, credit = jax.tree.map(lambda x: np.asarray(x[0]), jax.jit(grow)(params, prompts, self.knobs))
-        if credit.ndim == 1:  # leaf credit: show it at the leaf's own cells
-            credit = np.asarray(jax.jit(S.T.up)(tree, credit / 1.0))
+        if credit.ndim == 1:  # leaf credit: show the mean over the leaves below each cell
+            mean = jax.jit(lambda tree, x: T.up(tree, x) / jnp.maximum(T.leaf_count(tree), 1))
+            credit = np.asarray(mean(tree, credit))
         text = self.task.tokenizer.decode(np.asarray(prompts.token[0])[: int(prompts.length[0])])
         decode = self.task.tokenizer.decode
         return text + "\n" + report.format_tree(tree, decode, reward=reward, advantage=credit)
@@ -119,8 +120,8 @@ def warm_start(experiment: Experiment, state, progress):
     for number in tqdm(range(1, config.steps + 1), desc="warm start", disable=not progress):
         examples, index = stream.examples((number - 1) * config.batch, config.batch)
         answer = P.encode_answers(experiment.task, examples, experiment.config.sampler.answer_length)
-        state, metrics = update(state, experiment.prompts(examples, index), *P.to_device(answer, experiment.trees))
-        losses.append(metrics["loss"])
+        state, values = update(state, experiment.prompts(examples, index), *P.to_device(answer, experiment.trees))
+        losses.append(values["loss"])
         if number % config.eval_every == 0 or number == config.steps:
             scores = experiment.evaluate(state.params)
             curve.append(dict(step=number, loss=float(np.mean(jax.device_get(losses))), **scores))
@@ -147,8 +148,7 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict:
     """
     begin = time.monotonic()
     os.makedirs(workdir, exist_ok=True)
-    with open(os.path.join(workdir, "config.json"), "w", encoding="utf-8") as file:
-        file.write(config.to_json_best_effort(indent=2))
+    claim(workdir, config)
     experiment = Experiment(config)
     stream = experiment.stream()
     with Checkpoints(workdir) as checkpoints:
@@ -162,24 +162,25 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict:
             checkpoints.save(0, state, extra=extra, metric=before["pass@1"])
         start = int(state.step)
         spent = extra["seconds"]  # by earlier processes of this run
-        with MetricsFile(os.path.join(workdir, "metrics.jsonl"), start) as metrics_file:
+        with metrics.MetricsFile(os.path.join(workdir, "metrics.jsonl"), start) as metrics_file:
             bar = tqdm(total=config.steps, initial=start, desc="train", disable=not progress)
-            scores, position = extra["before"], int(state.position)
+            position = int(state.position)
             for number in range(start + 1, config.steps + 1):
                 tick = time.monotonic()
                 examples, index = stream.examples(position, config.sampler.prompts)
-                state, metrics = experiment.train_step(state, experiment.prompts(examples, index), experiment.knobs)
+                state, values = experiment.train_step(state, experiment.prompts(examples, index), experiment.knobs)
                 position += config.sampler.prompts
-                metrics = jax.device_get(metrics)
-                last = number == config.steps
+                values = jax.device_get(values)
+                last, scores = number == config.steps, None
                 if number % config.evaluation.every == 0 or last:
                     scores = experiment.evaluate(state.params)
-                    metrics = dict(metrics, **scores)
-                    bar.set_postfix({"reward": f"{metrics['reward']:.3f}", "pass@1": f"{scores['pass@1']:.3f}"})
-                metrics_file.write(number, dict(metrics, seconds=time.monotonic() - tick))
-                if number % config.checkpoint_every == 0 or last:
-                    extra = dict(extra, after=scores, seconds=spent + time.monotonic() - begin)
-                    checkpoints.save(number, state, extra=extra, metric=scores["pass@1"])
+                    values = dict(values, **scores)
+                    bar.set_postfix({"reward": f"{values['reward']:.3f}", "pass@1": f"{scores['pass@1']:.3f}"})
+                    extra = dict(extra, after=scores)
+                metrics_file.write(number, dict(values, seconds=time.monotonic() - tick))
+                if number % config.checkpoint_every == 0 or scores:  # what was measured can be the best
+                    extra = dict(extra, seconds=spent + time.monotonic() - begin)
+                    checkpoints.save(number, state, extra=extra, metric=scores and scores["pass@1"])
                 bar.update()
             bar.close()
     seconds = spent + time.monotonic() - begin
@@ -192,6 +193,39 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict:
     return summary
 
 
+def claim(workdir: str, config: ConfigDict) -> None:
+    """Writes config.json into a new workdir, or checks that the one there is the same.
+
+    Devices and folders of data may differ, and so may `steps` without a schedule over them.
+
+    Raises:
+      ValueError: the workdir belongs to another experiment; names the first field that differs.
+    """
+    path, text = os.path.join(workdir, "config.json"), config.to_json_best_effort(indent=2)
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            old, new = dict(_fields(json.load(file))), dict(_fields(json.loads(text)))
+        free = ("mesh.", "data_dir") + (("steps",) if config.optimizer.schedule == "constant" else ())
+        for name in sorted(old | new):
+            if not name.startswith(free) and old.get(name) != new.get(name):
+                raise ValueError(
+                    f"workdir={workdir} belongs to a run with {name}={old.get(name)!r}, not {new.get(name)!r}; "
+                    "give another --workdir, or the same config."
+                )
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)
+
+
+def _fields(config: dict, prefix: str = ""):
+    """(dotted name, value) of every field of a nested dict."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def curve_best(curve: list[dict]) -> dict | None:
     """The scores of the best evaluation of a warm start, first of equals; None without any."""
     if not curve:
@@ -202,8 +236,6 @@ def curve_best(curve: list[dict]) -> dict | None:
 
 def write_report(experiment: Experiment, state, workdir: str, curve, before: dict, after: dict) -> None:
     """Writes report.html from metrics.jsonl and a tree of the final policy."""
-    from treerl import metrics
-
     report.write_report(
         os.path.join(workdir, "report.html"),
         title=os.path.basename(os.path.abspath(workdir)),

@@ -34,7 +34,11 @@ def branch_depthwise(
       - value = mean over all leaves below (released code), not mean of the children's means;
       - the pool is the whole depth of one tree (eq. 4), not siblings: A has no local term;
       - sample standard deviation (ddof 1); a depth with one node, or with std < 1e-6, gets zero
-        (both as the released code). A depth of two nodes is therefore a pure sign, +-0.707.
+        (both as the released code). A depth of two nodes is therefore a pure sign, +-0.707;
+      - leaves of pruned lines are in no statistic: they were neither finished nor graded;
+      - a forced token is credited like a drawn one, with the ratio of the tempered policy, as LATR
+        does; a fork has no noise scale;
+      - the loss divides by the kept cells (tokens), not by edges: ratios are per token.
 
     Args:
       tree: one tree. reward: [L] float32.

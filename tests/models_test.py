@@ -1,0 +1,125 @@
+"""The transformer against a plain NumPy forward of the Llama / Qwen family."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from treerl import attention
+from treerl.models.presets import PRESETS
+from treerl.models.transformer import Model, TransformerConfig
+
+TINY = TransformerConfig(
+    vocab=11, layers=3, width=12, heads=6, kv_heads=2, head_dim=4, hidden=20, rope_theta=500.0, norm_eps=1e-3
+)
+
+
+def forward(config, params, tokens):
+    """Logits [T, V] of one row, position by position and head by head, in float64."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+    def norm(x, scale):
+        return x / np.sqrt(np.mean(x * x) + config.norm_eps) * scale
+
+    def rope(x, position):
+        half = config.head_dim // 2
+        out = np.empty_like(x)
+        for i in range(half):
+            angle = position * config.rope_theta ** (-i / half)
+            out[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
+            out[i + half] = x[i + half] * np.cos(angle) + x[i] * np.sin(angle)
+        return out
+
+    x = [p["embedding"][t] for t in tokens]
+    for layer in range(config.layers):
+        w = jax.tree.map(lambda a: a[layer], p["blocks"])
+        queries, keys, values = [], [], []
+        for position, row in enumerate(x):
+            h = norm(row, w["attention_norm"]["scale"])
+            q, k, v = (np.einsum("d,dhk->hk", h, w[name]) for name in "qkv")
+            if config.qkv_bias:
+                q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
+            if config.qk_norm:
+                q = np.array([norm(head, w["q_norm"]["scale"]) for head in q])
+                k = np.array([norm(head, w["k_norm"]["scale"]) for head in k])
+            queries.append([rope(head, position) for head in q])
+            keys.append([rope(head, position) for head in k])
+            values.append(v)
+        for position in range(len(x)):
+            heads = []
+            for head in range(config.heads):
+                group = head // (config.heads // config.kv_heads)
+                scores = [queries[position][head] @ keys[j][group] / config.head_dim**0.5 for j in range(position + 1)]
+                weight = np.exp(scores - np.max(scores))
+                heads.append(sum(a * values[j][group] for j, a in enumerate(weight / weight.sum())))
+            x[position] = x[position] + np.einsum("hk,hkd->d", np.array(heads), w["out"])
+        for position in range(len(x)):
+            h = norm(x[position], w["mlp_norm"]["scale"])
+            gate = h @ w["gate"]
+            x[position] = x[position] + (gate / (1 + np.exp(-gate)) * (h @ w["up"])) @ w["down"]
+    table = p["embedding"] if config.tied else p["unembedding"]
+    return np.array([table @ norm(row, p["final_norm"]["scale"]) for row in x])
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied": False}, {"qk_norm": True}, {"qkv_bias": True}], ids=str)
+def test_forward_equals_numpy(changes):
+    model = Model(dataclasses.replace(TINY, **changes))
+    params = model.init(jax.random.key(0))
+    params = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.ndim), p.shape), params)
+    tokens = np.random.default_rng(0).integers(0, 11, (2, 7))
+    length = np.array([7, 5])
+
+    @jax.jit
+    def run(params, remat=False):
+        module = model.merge(params)
+        position = jnp.broadcast_to(jnp.arange(7), tokens.shape)
+        hidden, _ = module(tokens, position, attention.causal(jnp.asarray(length)), remat=remat)
+        return module.logits(hidden)
+
+    got = run(params)
+    for row, size in enumerate(length):
+        want = forward(model.config, params, tokens[row, :size])
+        np.testing.assert_allclose(got[row, :size], want, rtol=1e-4, atol=1e-4)
+
+
+def test_shapes_axes_and_parameters_agree():
+    for changes in ({}, {"tied": False, "qk_norm": True, "qkv_bias": True}):
+        model = Model(dataclasses.replace(TINY, **changes))
+        shapes = jax.tree.map(lambda x: x.shape, model.shapes())
+        assert shapes == jax.tree.map(lambda x: x.shape, model.init(jax.random.key(0)))
+        names = jax.tree.leaves(model.axes(), is_leaf=lambda x: isinstance(x, tuple))
+        sizes = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
+        assert all(len(size) - len(name) in (0, 1) for name, size in zip(names, sizes, strict=True))
+
+
+def test_remat_changes_no_gradient():
+    model = Model(TINY)
+    params, token = model.init(jax.random.key(1)), jnp.arange(6)[None] % 11
+
+    def loss(params, remat):
+        module = model.merge(params)
+        hidden, _ = module(token, jnp.arange(6)[None], attention.causal(jnp.array([6])), remat=remat)
+        return jnp.sum(module.logits(hidden) ** 2)
+
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grad(params, False), grad(params, True))
+
+
+def test_presets_have_the_published_sizes():
+    billions = {"qwen2.5-0.5b": 0.494, "qwen2.5-1.5b": 1.544, "qwen3-8b": 8.19}
+    for name, size in billions.items():
+        shapes = jax.tree.leaves(Model(TransformerConfig(**PRESETS[name])).shapes())
+        assert sum(np.prod(x.shape) for x in shapes) / 1e9 == pytest.approx(size, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"kv_heads": 4}, "model.heads=6 is not a multiple of model.kv_heads=4"),
+        ({"head_dim": 5}, "model.head_dim=5 is odd"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **changes)
