@@ -265,13 +265,22 @@ def test_empty_slots_are_filled_from_the_prompt_after_fill_after_iterations():
         uniform, jax.random.key(0), jnp.arange(B), rule="lookahead", share=0.4, tau_abs=0.0, tau_rel=2.0, eos=(-1,)
     )
     assert np.all(stats.forks == 1) and np.all(np.asarray(mixed.parent)[:, 0] == -1)
-    filled, stats = grow(
-        uniform, jax.random.key(0), jnp.arange(B), rule="lookahead", prune="similarity", tau_abs=0.0, tau_rel=2.0,
-        tau_ed=9.0, windows=(1,), eos=(-1,), fill_after=3, budget=2 * S,
-    )  # every child dies at once, so the slots are empty again when they are filled
-    for one in each(filled):
-        assert not np.any(one.source[:, 1:][one.end[:, 1:] < T.PRUNED] == T.FORCED)
-    assert np.all(stats.restarts == K - 1) and np.all(stats.forks > K)
+    # after the prompt comes 3 and after 3 anything: the main line forks twice at row 1, the two slots
+    # left are filled, and what pruned children free later goes to forks of other lines than the fills
+    logits = uniform.copy()
+    logits[:, 2], logits[2, 3] = -50.0, 50.0
+    tree, stats = grow(
+        logits, jax.random.key(0), jnp.arange(B), rule="lookahead", prune="similarity", tau_abs=0.01, tau_rel=0.9,
+        tau_ed=9.0, windows=(3,), eos=(-1,), fill_after=1, budget=2 * S,
+    )  # fmt: skip
+    reused = 0
+    for one in each(tree):
+        fills = [k for k in range(1, K) if one.used[0, k]]
+        assert len(fills) == 2 and not np.any(one.source[:, fills] == T.FORCED)
+        forced = one.used & (one.source == T.FORCED)
+        assert not np.any(np.isin(one.parent[forced], fills))
+        reused += np.sum(forced[3:])
+    assert reused > 0 and np.all(stats.restarts == 2)
 
 
 def test_samples_follow_the_table():

@@ -156,3 +156,26 @@ def test_only_what_the_design_names_is_written(runs):
     names = {p.name for p in (runs["folder"] / "killed").iterdir()}
     assert names == {"config.json", "metrics.jsonl", "checkpoints", "report.html"}
     assert not list((runs["folder"] / "killed").rglob("*tmp*"))
+
+
+def test_a_workdir_of_another_experiment_is_refused(runs, tmp_path):
+    from ml_collections import ConfigDict
+
+    from treerl.train import claim
+
+    config = ConfigDict(json.loads((runs["folder"] / "whole" / "config.json").read_text()))
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    claim(str(workdir), config)
+    written = (workdir / "config.json").read_text()
+    config.mesh.data = 1
+    claim(str(workdir), config)  # other devices are the same experiment
+    config.branching.tau_abs = 0.5
+    with pytest.raises(ValueError) as error:
+        claim(str(workdir), config)
+    old = json.loads(written)["branching"]["tau_abs"]
+    assert str(error.value) == (
+        f"workdir={workdir} belongs to a run with branching.tau_abs={old!r}, not 0.5; "
+        "give another --workdir, or the same config."
+    )
+    assert json.loads((workdir / "config.json").read_text())["branching"]["tau_abs"] == old
