@@ -127,10 +127,14 @@ def assert_close(got, want, rtol=1e-5):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(1e-3, float(np.max(np.abs(b)))))
 
 
+DEEP = {"fork": 0.9, "end": 0.02, "prune": 0.02, "roots": 1}
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"fork": 0.0}, {"fork": 0.9, "end": 0.02, "prune": 0.02, "roots": 1}], ids=["mixed", "flat", "deep"]
+    "options, bin_tokens, bins_per_step",
+    [({}, ROWS + WIDTH, 1), ({}, 64, 2), ({"fork": 0.0}, 24, 2), (DEEP, ROWS + WIDTH, 3)],
+    ids=["mixed, split", "mixed", "flat", "deep, split"],
 )
-@pytest.mark.parametrize("bin_tokens, bins_per_step", [(ROWS + WIDTH, 1), (64, 2)])
 def test_packed_loss_and_gradient_equal_flattened_ones(optimised, params, options, bin_tokens, bins_per_step):
     tree, prompts, credit, weight = batch(bin_tokens, **options)
     want = flattened(params, tree, prompts, credit, weight)
@@ -141,7 +145,7 @@ def test_packed_loss_and_gradient_equal_flattened_ones(optimised, params, option
     assert_close(jnp.sum(bins.weight), jnp.sum(spread(tree, credit, weight)[2]))
     if options == {"fork": 0.0}:
         assert not np.any(jax.jit(jax.vmap(lambda t: T.forks(t)[1]))(tree))
-    if options.get("roots") == 1 and bin_tokens == ROWS + WIDTH:
+    if options == DEEP:
         written = int(jnp.sum(bins.stop > 0))
         unique = int(jnp.sum(jax.vmap(T.kept)(tree))) + int(jnp.sum(prompts.length))
         assert written > unique, "no tree was split over bins, so repeated context was not exercised"
