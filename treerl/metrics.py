@@ -1,10 +1,14 @@
-"""Numbers of a run as metrics.jsonl: one strict JSON object a line, each with its "step"."""
+"""Numbers of a batch of trees, and of a run as metrics.jsonl: one strict JSON object a line."""
 
 import json
 import math
 import os
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from treerl import tree as T
 
 
 class MetricsFile:
@@ -122,3 +126,34 @@ def _scalar(name: str, value):
 def _is_float(dtype) -> bool:
     """True of numpy's floats and of bfloat16 and its kin, which numpy does not count as such."""
     return np.issubdtype(dtype, np.floating) or dtype.name.startswith(("bfloat", "float"))
+
+
+def describe(tree: T.Tree, reward: jax.Array, stats) -> dict:
+    """Numbers of a batch of graded trees, means over trees or leaves; traceable.
+
+    Args:
+      tree: batched. reward: [B, L]. stats: `sampler.Stats`.
+    """
+    f32 = lambda x: x.astype(jnp.float32)
+    valid = jax.vmap(T.leaf_valid)(tree)
+    kept = jax.vmap(T.kept)(tree)
+    unique, flat = jax.vmap(T.token_count)(tree)
+    depth = jax.vmap(lambda t: T.depth(t)[1])(tree)
+    leaves = jnp.maximum(jnp.sum(valid), 1)
+    truncated = jnp.sum(tree.end == T.TRUNCATED)
+    over = lambda x: jnp.sum(jnp.where(valid, x, 0)) / leaves
+    return dict(
+        reward=over(reward),
+        solved=jnp.mean(f32(jnp.any(valid & (reward > 0), axis=1))),
+        leaves=jnp.mean(f32(jnp.sum(valid, axis=1))),
+        length=over(f32(jax.vmap(T.leaf_length)(tree))),
+        truncated=truncated / leaves,
+        entropy=jnp.sum(jnp.where(kept, tree.entropy, 0)) / jnp.maximum(jnp.sum(kept), 1),
+        depth=over(f32(depth)),
+        unique_tokens=jnp.sum(unique) / jnp.maximum(jnp.sum(flat), 1),
+        forced_tokens=jnp.sum(kept & (tree.source == T.FORCED)) / jnp.maximum(jnp.sum(kept), 1),
+        forks=jnp.mean(f32(stats.forks)),
+        restarts=jnp.mean(f32(stats.restarts)),
+        pruned=jnp.mean(f32(stats.pruned)),
+        sampled_tokens=jnp.sum(stats.sampled),
+    )

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from treerl import branching, losses, packing, pruning, rewards, sampler, sharding
 from treerl import tree as T
 from treerl.advantages import ESTIMATORS
+from treerl.metrics import describe
 from treerl.models.policy import make_policy, packed_hidden, token_logps
 from treerl.models.transformer import Model, TransformerConfig
 from treerl.optimizer import make_optimizer
@@ -386,30 +387,3 @@ def supervised_step(fns: Fns, state: TrainState, prompts: Prompts, answer, lengt
     grads, (loss, _, _) = gradient(fns, objective, state.params, bins, jnp.sum(weight))
     state, metrics = update(fns, state, grads)
     return state, dict(metrics, loss=loss)
-
-
-def describe(tree: T.Tree, reward: jax.Array, stats: sampler.Stats) -> dict:
-    """Numbers of a batch of graded trees, means over trees or leaves."""
-    f32 = lambda x: x.astype(jnp.float32)
-    valid = jax.vmap(T.leaf_valid)(tree)
-    kept = jax.vmap(T.kept)(tree)
-    unique, flat = jax.vmap(T.token_count)(tree)
-    depth = jax.vmap(lambda t: T.depth(t)[1])(tree)
-    leaves = jnp.maximum(jnp.sum(valid), 1)
-    truncated = jnp.sum(tree.end == T.TRUNCATED)
-    over = lambda x: jnp.sum(jnp.where(valid, x, 0)) / leaves
-    return dict(
-        reward=over(reward),
-        solved=jnp.mean(f32(jnp.any(valid & (reward > 0), axis=1))),
-        leaves=jnp.mean(f32(jnp.sum(valid, axis=1))),
-        length=over(f32(jax.vmap(T.leaf_length)(tree))),
-        truncated=truncated / leaves,
-        entropy=jnp.sum(jnp.where(kept, tree.entropy, 0)) / jnp.maximum(jnp.sum(kept), 1),
-        depth=over(f32(depth)),
-        unique_tokens=jnp.sum(unique) / jnp.maximum(jnp.sum(flat), 1),
-        forced_tokens=jnp.sum(kept & (tree.source == T.FORCED)) / jnp.maximum(jnp.sum(kept), 1),
-        forks=jnp.mean(f32(stats.forks)),
-        restarts=jnp.mean(f32(stats.restarts)),
-        pruned=jnp.mean(f32(stats.pruned)),
-        sampled_tokens=jnp.sum(stats.sampled),
-    )
