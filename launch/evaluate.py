@@ -8,7 +8,7 @@ Prints one JSON line on standard output: the checkpoint's step and unbiased pass
 import json
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run made by launch.train.")
 _BEST = flags.DEFINE_bool("best", False, "The checkpoint with the best held-out pass@1, not the latest.")
@@ -16,6 +16,8 @@ flags.mark_flag_as_required("workdir")
 
 
 def main(_):
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a restore
     from treerl.train import load  # after the flags: a wrong one must not cost the import of jax
 
     try:

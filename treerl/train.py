@@ -76,23 +76,26 @@ class Experiment:
         powers = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
         return {f"pass@{k}": pass_at_k(correct, n, k) for k in powers}
 
-    def example_tree(self, params, number: int = 0) -> str:
-        """Grows, grades and prints the tree of one held-out example."""
-        count = sharding.tree_shards(self.mesh)
-        examples = [self.task.heldout[(number + i) % len(self.task.heldout)] for i in range(count)]
-        prompts = self.prompts(examples, np.arange(count))
+    def example_tree(self, params, count: int = 16) -> str:
+        """Grows and grades the trees of some held-out examples; prints one with contrast and forks."""
+        shards = sharding.tree_shards(self.mesh)
+        index = np.arange(-(-count // shards) * shards)
+        examples = [self.task.heldout[int(i) % len(self.task.heldout)] for i in index]
+        prompts = self.prompts(examples, index)
 
         def grow(params, prompts, knobs):
-            tree, _ = S.rollout(self.fns, params, prompts, jax.random.key(0), self.config.steps, knobs)
+            tree, stats = S.rollout(self.fns, params, prompts, jax.random.key(0), self.config.steps, knobs)
             reward = rewards.grade(tree, prompts.data, self.fns.grader)
-            return tree, reward, S.estimate(self.fns, tree, reward)[0]
+            credit, _ = S.estimate(self.fns, tree, reward)
+            if credit.ndim == 2:  # leaf credit: show the mean over the leaves below each cell
+                credit = jax.vmap(lambda t, x: T.up(t, x) / jnp.maximum(T.leaf_count(t), 1))(tree, credit)
+            return tree, reward, credit, stats.forks + stats.pruned
 
-        tree, reward, credit = jax.tree.map(lambda x: np.asarray(x[0]), jax.jit(grow)(params, prompts, self.knobs))
-        if credit.ndim == 1:  # leaf credit: show the mean over the leaves below each cell
-            mean = jax.jit(lambda tree, x: T.up(tree, x) / jnp.maximum(T.leaf_count(tree), 1))
-            credit = np.asarray(mean(tree, credit))
-        text = self.task.tokenizer.decode(np.asarray(prompts.token[0])[: int(prompts.length[0])])
+        tree, reward, credit, events = jax.device_get(jax.jit(grow)(params, prompts, self.knobs))
+        pick = int(np.argmax(events + 100 * (np.ptp(reward, axis=1) > 0)))
+        tree, reward, credit = jax.tree.map(lambda x: x[pick], (tree, reward, credit))
         decode = self.task.tokenizer.decode
+        text = decode(np.asarray(prompts.token[pick])[: int(prompts.length[pick])])
         return text + "\n" + report.format_tree(tree, decode, reward=reward, advantage=credit)
 
 
