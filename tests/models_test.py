@@ -37,9 +37,10 @@ def forward(config, params, tokens):
         queries, keys, values = [], [], []
         for position, row in enumerate(x):
             h = norm(row, w["attention_norm"]["scale"])
-            q, k, v = (np.einsum("d,dhk->hk", h, w[name]) for name in "qkv")
+            group = [np.einsum("d,drk->rk", h, w["qkv"][:, g]) for g in range(config.kv_heads)]
             if config.qkv_bias:
-                q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
+                group = [one + bias for one, bias in zip(group, w["qkv_bias"])]
+            q, k, v = np.concatenate([g[:-2] for g in group]), [g[-2] for g in group], [g[-1] for g in group]
             if config.qk_norm:
                 q = np.array([norm(head, w["q_norm"]["scale"]) for head in q])
                 k = np.array([norm(head, w["k_norm"]["scale"]) for head in k])
@@ -56,8 +57,8 @@ def forward(config, params, tokens):
             x[position] = x[position] + np.einsum("hk,hkd->d", np.array(heads), w["out"])
         for position in range(len(x)):
             h = norm(x[position], w["mlp_norm"]["scale"])
-            gate = h @ w["gate"]
-            x[position] = x[position] + (gate / (1 + np.exp(-gate)) * (h @ w["up"])) @ w["down"]
+            gate, up = h @ w["gate_up"][:, 0], h @ w["gate_up"][:, 1]
+            x[position] = x[position] + (gate / (1 + np.exp(-gate)) * up) @ w["down"]
     table = p["embedding"] if config.tied else p["unembedding"]
     return np.array([table @ norm(row, p["final_norm"]["scale"]) for row in x])
 

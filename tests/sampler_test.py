@@ -25,9 +25,12 @@ def markov(logits):
     logits = jnp.asarray(logits)
 
     def prefill(token, length):
-        return logits[jnp.take_along_axis(token, length[:, None] - 1, axis=1)[:, 0]], ()
+        return jnp.take_along_axis(token, length[:, None] - 1, axis=1)
 
-    return Policy(prefill=prefill, decode=lambda cache, token, row, path, write, rows: (logits[token], cache))
+    def decode(last, token, row, path, write, rows):
+        return logits[jnp.where(row < 0, last, token)], last
+
+    return Policy(prefill=prefill, decode=decode)
 
 
 def prompts(index=range(B)):
@@ -299,12 +302,12 @@ def test_samples_follow_the_table():
 def test_nucleus_keeps_the_smallest_set_of_that_mass(top_p):
     rng = np.random.default_rng(0)
     logits = jnp.asarray(2 * rng.normal(size=(50, 40)), jnp.float32)
-    got = np.asarray(sampler.nucleus(logits, jnp.float32(top_p)))
-    p = np.asarray(jax.nn.softmax(logits))
+    got = np.asarray(logits >= sampler.nucleus(logits, jnp.float32(0.8), jnp.float32(top_p)))
+    p = np.asarray(jax.nn.softmax(logits / 0.8))
     for mine, full in zip(got, p):
         order = np.argsort(-full)
         keep = order[: np.searchsorted(np.cumsum(full[order]), top_p) + 1]
-        np.testing.assert_allclose(mine, np.where(np.isin(np.arange(40), keep), full, 0), atol=1e-6)
+        np.testing.assert_array_equal(mine, np.isin(np.arange(40), keep))
 
 
 def test_behaviour_logp_is_of_the_truncated_distribution():
@@ -313,7 +316,9 @@ def test_behaviour_logp_is_of_the_truncated_distribution():
         for cells in oracles.leaf_cells(one).values():
             for cell in cells:
                 last = 2 if cell[0] == 0 else one.token[cell[0] - 1, one.parent[cell]]
-                kept = np.asarray(sampler.nucleus(jnp.asarray(table(0)[last]) / 0.8, jnp.float32(0.6)))
+                logits = jnp.asarray(table(0)[last])
+                lowest = sampler.nucleus(logits, jnp.float32(0.8), jnp.float32(0.6))
+                kept = np.where(logits >= lowest, np.exp(logits / 0.8), 0)
                 want = kept[one.token[cell]] / kept.sum()
                 assert np.exp(one.logp_behavior[cell]) == pytest.approx(want, abs=1e-4) and want > 0
     assert np.any(tree.logp_behavior > tree.logp_policy + 1e-3)
@@ -324,7 +329,8 @@ def test_draw_inverts_the_sum_and_never_picks_weight_zero():
     weight = rng.random((200, 37)).astype(np.float32) * (rng.random((200, 37)) < 0.3)
     weight[:, 5] += 1e-3
     uniform = np.concatenate([rng.random(190), np.zeros(5), np.full(5, 1 - 2**-24)]).astype(np.float32)
-    got = np.asarray(sampler.draw(jnp.asarray(weight), jnp.asarray(uniform)))
+    drawn = sampler.draw(jnp.log(weight), jnp.float32(1), jnp.float32(1), jnp.asarray(uniform))
+    got = np.asarray(drawn.token)
     total = np.cumsum(weight.astype(np.float64), axis=1)
     want = (total <= (uniform * total[:, -1])[:, None]).sum(1)
     assert np.all(weight[np.arange(200), got] > 0)

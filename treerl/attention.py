@@ -8,6 +8,8 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 
 Attend = Callable
 
@@ -50,22 +52,22 @@ def packed(stop: jax.Array, block: int = 64) -> Attend:
     return attend
 
 
-def pool(prompt_length: jax.Array, row: jax.Array, path: jax.Array, write: jax.Array, rows: int) -> Attend:
+def pool(
+    prompt_length: jax.Array, path: jax.Array, row: jax.Array, write: jax.Array, rows: int, kernel: Callable
+) -> Attend:
     """Attention of each slot's head over its prompt and its ancestors in the pool.
 
-    The cache of a layer is (prompt k, prompt v [B, P, G, d], pool k, pool v [B, G, K, S, d]).
-    The head's own keys and values are written first, at (slot, row), where `write` holds. Every
-    slot scores every cell of the first `rows` (static) rows under an ancestor mask: branching
-    copies rows of `path`, never keys and values. Prompt and pool are merged by a shared softmax.
+    The cache of a layer is (prompt k, prompt v [B, G, P, d], pool k, pool v [B, G, K, S, d]).
+    The head's own keys and values are written first, at (slot, row), where `write` holds.
+    Branching copies rows of `path`, never keys and values.
 
     Args:
-      prompt_length: [B]. row: [B, K], row of the head. path: [B, K, S], column of each ancestor,
-      the head included, -1 elsewhere. write: [B, K] bool.
+      prompt_length: [B]. path: [B, K, S], column of each ancestor, the head included, -1
+      elsewhere. row: [B, K], row of the head. write: [B, K] bool. rows: bounds every row in use
+      (static). kernel: `dense` or `fused`.
     """
-    batch, slots, depth = path.shape
+    _, slots, depth = path.shape
     own = jnp.arange(slots)
-    ancestor = path[:, :, None, :rows] == own[:, None]  # [B, K, K, rows]
-    ancestor &= jnp.arange(rows) <= row[:, :, None, None]
     target = jnp.where(write, row, depth)  # out of range: dropped
 
     def attend(q, k, v, cache):
@@ -74,22 +76,123 @@ def pool(prompt_length: jax.Array, row: jax.Array, path: jax.Array, write: jax.A
         put = jax.vmap(lambda pool, new, row: pool.at[:, own, row].set(new.swapaxes(0, 1), mode="drop"))
         pool_k = put(pool_k, k.astype(pool_k.dtype), target)
         pool_v = put(pool_v, v.astype(pool_v.dtype), target)
-        q = rearrange(q * q.shape[-1] ** -0.5, "b k (g r) d -> b k g r d", g=k.shape[2])
-        lowest = jnp.finfo(jnp.float32).min
-        f32 = dict(preferred_element_type=jnp.float32)
-        on_prompt = jnp.einsum("bkgrd,bpgd->bgkrp", q, prompt_k, **f32)
-        real = jnp.arange(prompt_k.shape[1]) < prompt_length[:, None]
-        on_prompt = jnp.where(real[:, None, None, None], on_prompt, lowest)
-        on_pool = jnp.einsum("bkgrd,bgjsd->bgkrjs", q, pool_k[:, :, :, :rows], **f32)
-        on_pool = jnp.where(ancestor[:, None, :, None], on_pool, lowest)
-        top = jnp.maximum(on_prompt.max(-1), on_pool.max((-1, -2)))
-        on_prompt = jnp.exp(on_prompt - top[..., None])
-        on_pool = jnp.exp(on_pool - top[..., None, None])
-        norm = on_prompt.sum(-1) + on_pool.sum((-1, -2))
-        out = jnp.einsum("bgkrp,bpgd->bkgrd", on_prompt.astype(v.dtype), prompt_v, **f32)
-        out += jnp.einsum("bgkrjs,bgjsd->bkgrd", on_pool.astype(v.dtype), pool_v[:, :, :, :rows], **f32)
-        out = out / rearrange(norm, "b g k r -> b k g r 1")
-        out = rearrange(out.astype(v.dtype), "b k g r d -> b k (g r) d")
-        return out, (prompt_k, prompt_v, pool_k, pool_v)
+        q = rearrange(q, "b k (g r) d -> b g k r d", g=k.shape[2])
+        cache = prompt_k, prompt_v, pool_k, pool_v
+        out = kernel(q, cache, prompt_length, path, rows)
+        return rearrange(out.astype(v.dtype), "b g k r d -> b k (g r) d"), cache
 
     return attend
+
+
+def dense(q, cache, prompt_length, path, rows):
+    """Every slot scores every cell of the first `rows` rows under an ancestor mask, in XLA.
+
+    Prompt and pool are merged by a shared softmax.
+
+    Args:
+      q: [B, G, K, R, d], R query heads to a key head. The rest: see `pool`.
+
+    Returns:
+      float32 [B, G, K, R, d].
+    """
+    prompt_k, prompt_v, pool_k, pool_v = cache
+    ancestor = path[:, :, None, :rows] == jnp.arange(path.shape[1])[:, None]  # [B, K, K, rows]
+    q = q * q.shape[-1] ** -0.5
+    lowest = jnp.finfo(jnp.float32).min
+    f32 = dict(preferred_element_type=jnp.float32)
+    on_prompt = jnp.einsum("bgkrd,bgpd->bgkrp", q, prompt_k, **f32)
+    real = jnp.arange(prompt_k.shape[2]) < prompt_length[:, None]
+    on_prompt = jnp.where(real[:, None, None, None], on_prompt, lowest)
+    on_pool = jnp.einsum("bgkrd,bgjsd->bgkrjs", q, pool_k[:, :, :, :rows], **f32)
+    on_pool = jnp.where(ancestor[:, None, :, None], on_pool, lowest)
+    top = jnp.maximum(on_prompt.max(-1), on_pool.max((-1, -2)))
+    on_prompt = jnp.exp(on_prompt - top[..., None])
+    on_pool = jnp.exp(on_pool - top[..., None, None])
+    norm = on_prompt.sum(-1) + on_pool.sum((-1, -2))
+    out = jnp.einsum("bgkrp,bgpd->bgkrd", on_prompt.astype(q.dtype), prompt_v, **f32)
+    out += jnp.einsum("bgkrjs,bgjsd->bgkrd", on_pool.astype(q.dtype), pool_v[:, :, :, :rows], **f32)
+    return out / norm[..., None]
+
+
+def fusible(head_dim: int) -> bool:
+    """Whether `fused` runs on the default device for heads of this size."""
+    return jax.default_backend() == "gpu" and head_dim >= 16 and head_dim & (head_dim - 1) == 0
+
+
+def fused(q, cache, prompt_length, path, rows, *, block: int = 64, interpret: bool = False):
+    """The same as `dense` in one Pallas kernel for GPUs, which reads the cells in use alone.
+
+    A program for every (tree, key head, slot) scores all queries of the tree on that slot's
+    column, down to the last row that any of them stands on, and on its share of the prompt. No
+    scores reach memory, and `rows` bounds nothing. The slots' partial softmaxes are merged by
+    log-sum-exp. head_dim must be a power of two, at least 16.
+    """
+    del rows
+    prompt_k, prompt_v, pool_k, pool_v = cache
+    batch, heads, slots, group, size = q.shape
+    depth, width, queries = path.shape[2], prompt_k.shape[2], slots * group
+    tile = max(16, pl.next_power_of_2(queries))
+    share = -(-width // slots)
+    chunk = max(16, pl.next_power_of_2(share))
+    exact = dict(precision=jax.lax.Precision.HIGHEST) if q.dtype == jnp.float32 else {}
+    last = path[:, :, None] == jnp.arange(slots)[:, None]  # [B, K, K, S]
+    last = jnp.max(jnp.where(last, jnp.arange(1, depth + 1), 0), axis=(1, 3))  # [B, K]
+
+    def program(q_ref, pk_ref, pv_ref, k_ref, v_ref, length_ref, path_ref, last_ref, out_ref, top_ref, norm_ref):
+        column = pl.program_id(2)
+        query = jnp.arange(tile)
+        real = query < queries
+        line = jnp.minimum(query // group, slots - 1)
+        whole = query[:, None], jnp.arange(size)[None]
+        q = triton.load(q_ref.at[whole], mask=real[:, None], other=0.0)
+
+        def add(carry, k_ref, v_ref, start, count, end, see):
+            out, top, norm = carry
+            at = start + jnp.arange(count)
+            index, inside = (at[:, None], jnp.arange(size)[None]), (at < end)[:, None]
+            load = lambda ref: triton.load(ref.at[index], mask=inside, other=0.0)
+            seen = see(at) & real[:, None]
+            score = triton.dot(q, load(k_ref), trans_b=True, **exact) * size**-0.5
+            score = jnp.where(seen, score, -1e30)
+            new = jnp.maximum(top, jnp.max(score, axis=1))
+            weight = jnp.where(seen, jnp.exp(score - new[:, None]), 0.0)
+            fade = jnp.exp(top - new)
+            values = load(v_ref)
+            out = out * fade[:, None] + triton.dot(weight.astype(values.dtype), values, **exact)
+            return out, new, norm * fade + jnp.sum(weight, axis=1)
+
+        def on_pool(i, carry):
+            def see(at):
+                inside = (at < depth)[None]
+                return triton.load(path_ref.at[line[:, None], at[None]], mask=inside, other=-1) == column
+
+            return add(carry, k_ref, v_ref, i * block, block, depth, see)
+
+        carry = jnp.zeros((tile, size), jnp.float32), jnp.full((tile,), -1e30), jnp.zeros((tile,), jnp.float32)
+        end = jnp.minimum(length_ref[()], jnp.minimum((column + 1) * share, width))
+        carry = add(carry, pk_ref, pv_ref, column * share, chunk, end, lambda at: (at < end)[None])
+        blocks = (last_ref[column] + block - 1) // block
+        out, top, norm = jax.lax.fori_loop(0, blocks, on_pool, carry)
+        triton.store(out_ref.at[whole], out, mask=real[:, None])
+        triton.store(top_ref.at[query], top, mask=real)
+        triton.store(norm_ref.at[query], norm, mask=real)
+
+    head = lambda *shape: pl.BlockSpec((None, None, *shape), lambda b, g, j: (b, g) + (0,) * len(shape))
+    tree = lambda *shape: pl.BlockSpec((None, *shape), lambda b, g, j: (b,) + (0,) * len(shape))
+    slot = lambda *shape: pl.BlockSpec((None, None, None, *shape), lambda b, g, j: (b, g, j) + (0,) * len(shape))
+    part = lambda *shape: jax.ShapeDtypeStruct((batch, heads, slots, *shape), jnp.float32)
+    out, top, norm = pl.pallas_call(
+        program,
+        grid=(batch, heads, slots),
+        in_specs=[
+            head(queries, size), head(width, size), head(width, size), slot(depth, size), slot(depth, size),
+            tree(), tree(slots, depth), tree(slots),
+        ],
+        out_specs=[slot(queries, size), slot(queries), slot(queries)],
+        out_shape=[part(queries, size), part(queries), part(queries)],
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+    )(q.reshape(batch, heads, queries, size), prompt_k, prompt_v, pool_k, pool_v, prompt_length, path, last)  # fmt: skip
+    weight = jnp.exp(top - jnp.max(top, axis=2, keepdims=True))
+    out = jnp.sum(out * weight[..., None], axis=2) / jnp.sum(norm * weight, axis=2)[..., None]
+    return out.reshape(q.shape)

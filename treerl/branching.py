@@ -54,24 +54,25 @@ def lookahead(*, tau_abs, tau_rel, share, fill_after, greedy, max_children: int 
     def step(frontier: Frontier):
         lines, logits, drawn = frontier.lines, frontier.logits, frontier.drawn
         batch, slots = drawn.shape
-        norm = jax.nn.logsumexp(logits, axis=-1)
-        p_top = jnp.exp(logits.max(-1) - norm)
-        bar = norm + jnp.log(jnp.maximum(tau_abs, p_top - tau_rel))  # p > both, as a logit
-        candidate = logits > bar[..., None]
+        best = []  # the likeliest tokens, one more than children, each found by one pass
+        left = logits
+        for _ in range(max_children + 1):
+            best.append(jnp.argmax(left, -1))
+            left = jnp.where(jnp.arange(logits.shape[-1]) == best[-1][..., None], -jnp.inf, left)
+        best = jnp.stack(best, -1)  # [B, K, M + 1]
+        score = jnp.take_along_axis(logits, best, axis=-1)
+        top = score[..., :1]
+        score = score - (top + jnp.log(jnp.sum(jnp.exp(logits - top), -1, keepdims=True)))
+        bar = jnp.log(jnp.maximum(tau_abs, jnp.exp(score[..., :1]) - tau_rel))
         active = lines.status == ACTIVE
-        forced = jnp.where(active & lines.may_fork & greedy, jnp.argmax(logits, -1), -1)
-        taken = jnp.where(forced >= 0, forced, drawn)
-        forks = active & lines.may_fork & (candidate.sum(-1) >= 2)
-        token = jnp.arange(logits.shape[-1])
-        left = jnp.where(candidate & (token != taken[..., None]), logits, -jnp.inf)
-        tokens, scores = [], []
-        for _ in range(max_children):
-            best, score = jnp.argmax(left, -1), left.max(-1)
-            tokens.append(best)
-            scores.append(jnp.where(forks, score - norm, -jnp.inf))
-            left = jnp.where(token == best[..., None], -jnp.inf, left)
-        tokens = jnp.stack(tokens, -1).reshape(batch, -1)  # [B, K * M], line-major
-        scores = jnp.stack(scores, -1).reshape(batch, -1)
+        may_fork = active & lines.may_fork
+        forced = jnp.where(may_fork & greedy, best[..., 0], -1)
+        taken = jnp.where(forced >= 0, forced, drawn)[..., None]
+        forks = may_fork & (score[..., 1] > bar[..., 0])  # two candidates
+        child = (score > bar) & (best != taken) & forks[..., None]
+        child &= jnp.cumsum(child, axis=-1) <= max_children
+        tokens = best.reshape(batch, -1)  # [B, K * (M + 1)], line-major
+        scores = jnp.where(child, score, -jnp.inf).reshape(batch, -1)
         order = jnp.argsort(-scores, axis=-1, stable=True)
 
         free = (lines.status == FREE) & (frontier.free == 0)
@@ -79,7 +80,7 @@ def lookahead(*, tau_abs, tau_rel, share, fill_after, greedy, max_children: int 
         pick = jnp.take_along_axis(order, jnp.maximum(nth, 0), axis=-1)
         admitted = free & (jnp.cumsum(free, axis=-1) <= order.shape[-1])
         admitted &= jnp.take_along_axis(scores, pick, axis=-1) > -jnp.inf
-        line = jnp.where(admitted, pick // max_children, -1)
+        line = jnp.where(admitted, pick // (max_children + 1), -1)
         row = jnp.take_along_axis(lines.cursor, jnp.maximum(line, 0), axis=-1) - 1
         child = jnp.where(admitted, jnp.take_along_axis(tokens, pick, axis=-1), -1)
 

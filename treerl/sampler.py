@@ -36,50 +36,76 @@ class _Carry(NamedTuple):
     iteration: jax.Array  # [] int32
 
 
-def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Probabilities truncated to the smallest set of mass top_p: [..., V] -> [..., V], unnormalised.
+class Drawn(NamedTuple):
+    """A token for every head, and what its distribution said. All [..., ] of the heads' shape."""
+
+    token: jax.Array  # int32
+    logp: jax.Array  # float32, of the token under the distribution drawn from
+    top: jax.Array  # float32, the largest logit
+    norm: jax.Array  # float32, log of sum of exp((logit - top) / temperature)
+    entropy: jax.Array  # float32, nats, of the tempered distribution, untruncated
+
+
+def nucleus(logits: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Lowest logit in the smallest set of probability top_p: [..., V] -> [..., 1].
 
     Finds the cut by bisection on the probability, behind a cond, so top_p = 1 costs nothing and
-    the vocabulary is never sorted. Ties at the cut are kept. top_p is [] float32, traced.
+    the vocabulary is never sorted. Ties at the cut are kept.
     """
-    p = jax.nn.softmax(logits, axis=-1)
+    top = logits.max(-1, keepdims=True)
 
-    def cut(p):
+    def cut(logits, top):
+        weight = jnp.exp((logits - top) / temperature)
+        total = weight.sum(-1, keepdims=True)
+
         def halve(_, bounds):
             low, high = bounds  # the mass at or above low is at least top_p
             middle = (low + high) / 2
-            enough = jnp.sum(jnp.where(p >= middle, p, 0), -1, keepdims=True) >= top_p
+            enough = jnp.sum(jnp.where(weight >= middle, weight, 0), -1, keepdims=True) >= top_p * total
             return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-        high = p.max(-1, keepdims=True)
-        low, _ = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(high), high))
-        return jnp.where((p >= low) | (p >= high), p, 0)
+        low, _ = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(top), jnp.ones_like(top)))
+        return jnp.min(jnp.where((weight >= low) | (logits == top), logits, jnp.inf), -1, keepdims=True)
 
-    return jax.lax.cond(top_p < 1, cut, lambda p: p, p)
+    return jax.lax.cond(top_p < 1, cut, lambda logits, top: jnp.full_like(top, -jnp.inf), logits, top)
 
 
-def draw(weight: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Draws an index in proportion to weight by inverting its sum: [..., V], [...] -> int32 [...].
+def draw(logits: jax.Array, temperature: jax.Array, top_p: jax.Array, uniform: jax.Array) -> Drawn:
+    """Draws a token from the tempered, truncated distribution by inverting its sum.
 
-    Two levels of about sqrt(V) sums, one uniform number a draw; never an index of weight 0.
+    Two levels of about sqrt(V) sums: one uniform number a draw, two passes over the logits, and no
+    array of the vocabulary's size; never a token outside the nucleus.
+
+    Args:
+      logits: [..., V] float32. temperature, top_p: [] float32. uniform: [...] in [0, 1).
     """
-    size = weight.shape[-1]
-    width = max(1, round(size**0.5))
-    pad = [(0, 0)] * (weight.ndim - 1) + [(0, -size % width)]
-    block = jnp.pad(weight, pad).reshape(*weight.shape[:-1], -1, width)
+    size = logits.shape[-1]
+    near = range(max(1, round(size**0.5 / 8)), round(size**0.5) + 1)
+    width = max((w for w in near if size % w == 0), default=near[-1])  # a divisor needs no padding
+    lowest, top = nucleus(logits, temperature, top_p), logits.max(-1)
+    pad = [(0, 0)] * (logits.ndim - 1) + [(0, -size % width)]
+    block = jnp.pad(logits, pad, constant_values=-jnp.inf).reshape(*logits.shape[:-1], -1, width)
 
-    def invert(w, target):
-        total = jnp.cumsum(w, axis=-1)
+    shift = (block - top[..., None, None]) / temperature
+    weight = jnp.exp(shift)
+    mass = jnp.sum(jnp.where(block >= lowest[..., None], weight, 0), -1)
+    norm = jnp.sum(jnp.sum(weight, -1), -1)
+    mean = jnp.sum(jnp.sum(jnp.where(weight > 0, weight * shift, 0), -1), -1) / norm
+
+    def invert(weight, target):
+        total = jnp.cumsum(weight, axis=-1)
         target = jnp.clip(target, 0, total[..., -1] * (1 - 2e-7))
         index = jnp.sum(total <= target[..., None], axis=-1)
         at = lambda x: jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
-        return index, target - (at(total) - at(w))
+        return index, target - (at(total) - at(weight))
 
-    mass = block.sum(-1)
     outer, rest = invert(mass, uniform * mass.sum(-1))
     inside = jnp.take_along_axis(block, outer[..., None, None], axis=-2)[..., 0, :]
-    inner, _ = invert(inside, rest)
-    return jnp.minimum(outer * width + inner, size - 1).astype(jnp.int32)
+    shift = (inside - top[..., None]) / temperature
+    inner, _ = invert(jnp.where(inside >= lowest, jnp.exp(shift), 0), rest)
+    logp = jnp.take_along_axis(shift, inner[..., None], axis=-1)[..., 0] - jnp.log(mass.sum(-1))
+    token = jnp.minimum(outer * width + inner, size - 1).astype(jnp.int32)
+    return Drawn(token, logp, top, jnp.log(norm), jnp.log(norm) - mean)
 
 
 def _fold(key, *values):
@@ -163,23 +189,17 @@ def sample(
     batch = prompts.token.shape[0]
     slot = jnp.broadcast_to(jnp.arange(slots), (batch, slots))
     tree_key = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(key, i)))(prompts.index)
-    root_logits, cache = policy.prefill(prompts.token, prompts.length)
+    cache = policy.prefill(prompts.token, prompts.length)
 
     def decide(lines: Lines, logits, iteration):
         """Draws for every line and asks the branching rule."""
-        scaled = logits / temperature
-        logp = jax.nn.log_softmax(scaled, axis=-1)
-        entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
-        weight = nucleus(scaled, top_p)
         noise = _fold(lines.key, lines.cursor)
         uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.wrap_key_data(k))))(noise)
-        drawn = draw(weight, uniform)
+        drawn = draw(logits, temperature, top_p, uniform)
         free = _free_from(lines)
-        token, births = branching.step(Frontier(lines, logits, drawn, entropy, free, iteration))
+        token, births = branching.step(Frontier(lines, logits, drawn.token, drawn.entropy, free, iteration))
         allowed = (births.line >= 0) & (free <= births.row + 1)
-        births = births._replace(line=jnp.where(allowed, births.line, -1))
-        at_drawn = jnp.take_along_axis(weight, drawn[..., None], axis=-1)[..., 0]
-        return logp, entropy, jnp.log(at_drawn / weight.sum(-1)), drawn, token, births
+        return drawn, token, births._replace(line=jnp.where(allowed, births.line, -1))
 
     def newborn(lines: Lines, births: Births):
         """Lines with those just born in their slots, cursor at their first own row."""
@@ -209,18 +229,17 @@ def sample(
         head = jax.vmap(lambda token, row, column: token[row, column])(grid["token"], row, column)
         was_active = lines.status == ACTIVE
         write = was_active & (lines.cursor > 0) & (column == slot)
-        logits, cache = policy.decode(carry.cache, head, row, lines.path, write, rows_in_use)
-        logits = jnp.where((lines.cursor == 0)[..., None], root_logits[:, None], logits)
-        logp, entropy, logp_drawn, drawn, ruled, births = decide(lines, logits, carry.iteration)
+        logits, cache = policy.decode(carry.cache, head, lines.cursor - 1, lines.path, write, rows_in_use)
+        drawn, ruled, births = decide(lines, logits, carry.iteration)
 
         born = births.line >= 0
         forked = born & (births.token >= 0)
         lines = newborn(lines, births)
         writes = was_active | forked
         source = jnp.where(forked, births.line, slot)  # whose logits the token comes from
-        token = jnp.where(forked, births.token, jnp.where(ruled >= 0, ruled, drawn))
+        token = jnp.where(forked, births.token, jnp.where(ruled >= 0, ruled, drawn.token))
         forced = forked | (ruled >= 0)
-        at_token = jax.vmap(lambda logp, source, token: logp[source, token])(logp, source, token)
+        at_token = jax.vmap(lambda logits, source, token: logits[source, token])(logits, source, token)
         ended = jnp.any(token[..., None] == eos, axis=-1)
         end = jnp.where(ended, T.FINISHED, jnp.where(lines.cursor == rows - 1, T.TRUNCATED, T.RUNNING))
         above = jnp.take_along_axis(lines.path, _head_row(lines.cursor)[..., None], axis=-1)[..., 0]
@@ -230,9 +249,9 @@ def sample(
             used=writes,
             source=jnp.where(forced, T.FORCED, T.SAMPLED),
             end=end,
-            entropy=_take(entropy, source),
-            logp_behavior=jnp.where(forced, 0.0, logp_drawn),
-            logp_policy=at_token,
+            entropy=_take(drawn.entropy, source),
+            logp_behavior=jnp.where(forced, 0.0, drawn.logp),
+            logp_policy=(at_token - _take(drawn.top, source)) / temperature - _take(drawn.norm, source),
         )
         below = jnp.arange(rows)[:, None] >= lines.cursor[:, None]  # [B, S, K]
         here = (jnp.arange(rows)[:, None] == lines.cursor[:, None]) & writes[:, None]

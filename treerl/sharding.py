@@ -14,7 +14,9 @@ RULES = {
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
+    "group": None,
     "head_dim": None,
+    "gate_up": None,
     "mlp": "tensor",
     "norm": None,
 }

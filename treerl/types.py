@@ -39,12 +39,12 @@ class TrainState:
 class Policy(NamedTuple):
     """What the sampler needs of a model. Both functions close over the parameters.
 
-    prefill(token [B, P], length [B]) -> (logits [B, V], cache): the distribution of the first
-        token, and whatever `decode` needs.
-    decode(cache, token, row, path, write, rows) -> (logits [B, K, V], cache): the distribution
-        after each slot's head. token [B, K] is the head's token, row [B, K] its row, path
-        [B, K, S] the column of each of its ancestors and itself, write [B, K] whether its keys
-        and values are new; rows (static) bounds every row in use.
+    prefill(token [B, P], length [B]) -> cache: whatever `decode` needs of the prompts.
+    decode(cache, token, row, path, write, rows) -> (logits [B, K, V] float32, cache): the
+        distribution after each slot's head. token [B, K] is the head's token, row [B, K] its row,
+        -1 for the prompt (the token then means nothing), path [B, K, S] the column of each of its
+        ancestors and itself, write [B, K] whether its keys and values are new; rows (static)
+        bounds every row in use.
     """
 
     prefill: Callable

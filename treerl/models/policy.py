@@ -1,6 +1,7 @@
 """A transformer as the sampler and the learner use it."""
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from treerl import attention
 from treerl.models.transformer import Model
@@ -16,24 +17,27 @@ def make_policy(model: Model, params: Params, *, slots: int, rows: int) -> Polic
     module = model.merge(params)
     layers = module.layers()
     config = model.config
+    kernel = attention.fused if attention.fusible(config.head_dim) else attention.dense
 
     def prefill(token, length):
         batch, width = token.shape
         position = jnp.broadcast_to(jnp.arange(width), token.shape)
         hidden, (k, v) = module(token, position, attention.causal(length))
-        last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+        last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
         pool = jnp.zeros((batch, config.kv_heads, slots, rows, config.head_dim), config.dtype)
-        return module.logits(last), (length, [(k[i], v[i], pool, pool) for i in range(config.layers)])
+        k, v = (rearrange(x, "l b p g d -> l b g p d") for x in (k, v))
+        return length, last, [(k[i], v[i], pool, pool) for i in range(config.layers)]
 
     def decode(cache, token, row, path, write, rows):
-        length, caches = cache
-        attend = attention.pool(length, row, path, write, rows)
+        length, last, caches = cache
+        attend = attention.pool(length, path, row, write, rows, kernel)
         x, angles = module.embed(token), module.angles(length[:, None] + row)
         new = []
         for block, cache in zip(layers, caches):
             x, cache = block(x, angles, attend, cache)
             new.append(cache)
-        return module.logits(module.final_norm(x)), (length, new)
+        hidden = jnp.where(row[..., None] < 0, last, module.final_norm(x))
+        return module.logits(hidden), (length, last, new)
 
     return Policy(prefill=prefill, decode=decode)
 

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 
@@ -83,35 +84,33 @@ class Block(nnx.Module):
         c, d = config, config.width
         self.config = config
         self.attention_norm, self.mlp_norm = RMSNorm(d, c), RMSNorm(d, c)
-        self.q = _weight(rngs, c, (d, c.heads, c.head_dim), ("embed", "heads", "head_dim"), d)
-        self.k = _weight(rngs, c, (d, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), d)
-        self.v = _weight(rngs, c, (d, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), d)
+        # of each key/value head: the queries that share it, its keys, its values; one product
+        group, names = c.heads // c.kv_heads + 2, ("kv_heads", "group", "head_dim")
+        self.qkv = _weight(rngs, c, (d, c.kv_heads, group, c.head_dim), ("embed", *names), d)
         out_in = c.heads * c.head_dim
         self.out = _weight(rngs, c, (c.heads, c.head_dim, d), ("heads", "head_dim", "embed"), out_in)
-        self.gate = _weight(rngs, c, (d, c.hidden), ("embed", "mlp"), d)
-        self.up = _weight(rngs, c, (d, c.hidden), ("embed", "mlp"), d)
+        self.gate_up = _weight(rngs, c, (d, 2, c.hidden), ("embed", "gate_up", "mlp"), d)
         self.down = _weight(rngs, c, (c.hidden, d), ("mlp", "embed"), c.hidden)
         if c.qkv_bias:
-            zeros = lambda n, axis: nnx.Param(jnp.zeros((n, c.head_dim), c.param_dtype), axes=(axis, "head_dim"))
-            self.q_bias, self.k_bias = zeros(c.heads, "heads"), zeros(c.kv_heads, "kv_heads")
-            self.v_bias = zeros(c.kv_heads, "kv_heads")
+            self.qkv_bias = nnx.Param(jnp.zeros((c.kv_heads, group, c.head_dim), c.param_dtype), axes=names)
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c), RMSNorm(c.head_dim, c)
 
     def __call__(self, x, angles, attend, cache):
         """x [B, T, D], angles of `rotary` -> (x, cache) of this layer."""
         c, h = self.config, self.attention_norm(x)
-        q, k, v = (jnp.einsum("btd,dhk->bthk", h, w[...]) for w in (self.q, self.k, self.v))
+        qkv = jnp.einsum("btd,dgrh->btgrh", h, self.qkv[...])
         if c.qkv_bias:
-            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+            qkv = qkv + self.qkv_bias[...]
+        q, k, v = rearrange(qkv[..., :-2, :], "b t g r h -> b t (g r) h"), qkv[..., -2, :], qkv[..., -1, :]
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, angles), rotate(k, angles)
         attended, cache = attend(q, k, v, cache)
         x = x + jnp.einsum("bthk,hkd->btd", attended, self.out[...])
         h = self.mlp_norm(x)
-        h = jax.nn.silu(h @ self.gate[...]) * (h @ self.up[...])
-        return x + h @ self.down[...], cache
+        h = jnp.einsum("btd,dch->btch", h, self.gate_up[...])
+        return x + (jax.nn.silu(h[..., 0, :]) * h[..., 1, :]) @ self.down[...], cache
 
 
 class Transformer(nnx.Module):
