@@ -1,6 +1,6 @@
 """Runs a benchmark suite on this machine's devices, at sizes that suit them.
 
-python -m launch.bench --suite=sampler|learner|step [--out=FILE]
+python -m launch.bench --suite=sampler|learner|step|devices [--out=FILE]
 
 Prints one JSON object a line on standard output as each result comes, and writes them to FILE.
 """
@@ -10,7 +10,7 @@ import sys
 
 from absl import app, flags
 
-_SUITE = flags.DEFINE_string("suite", None, "Suite to run: sampler, learner or step.")
+_SUITE = flags.DEFINE_string("suite", None, "Suite to run: sampler, learner, step or devices.")
 _OUT = flags.DEFINE_string("out", None, "File that also gets the lines.")
 flags.mark_flag_as_required("suite")
 

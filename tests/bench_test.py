@@ -3,12 +3,13 @@ import json
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from treerl import tree as T
-from treerl.bench import SUITES, learner, measure, sampler, synthetic
+from treerl.bench import SUITES, devices, learner, measure, sampler, synthetic
 from treerl.models.presets import PRESETS
 
 TINY = dict(PRESETS["tiny"], layers=1, width=16, heads=2, kv_heads=1, head_dim=8, hidden=16)
@@ -20,6 +21,7 @@ TOY = {
     "step": dict(
         GROUP, segment=2, lengths=(), windows=(2,), bin_tokens=32, bins_per_step=1, vocab_chunk=16, remat=False
     ),
+    "devices": dict(steps=1, prompts=4, slots=4),
 }  # fmt: skip
 FIELDS = {"suite", "name", "value", "unit", "shapes", "device"}
 
@@ -31,7 +33,8 @@ def toy(monkeypatch):
 
 @functools.cache
 def run(suite):
-    return list(SUITES[suite](**TOY[suite]))
+    one = dict(devices=jax.devices()[:1] * 2) if suite == "devices" else {}
+    return list(SUITES[suite](**one, **TOY[suite]))
 
 
 def named(suite):
@@ -133,7 +136,7 @@ def launch(module, *flags):
 def test_unknown_suite_is_one_sentence():
     result = launch("bench", "--suite=nothing")
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.strip() == "--suite=nothing is unknown; the suites are sampler, learner, step."
+    assert result.stderr.strip() == "--suite=nothing is unknown; the suites are sampler, learner, step, devices."
 
 
 def test_evaluating_no_run_is_one_sentence(tmp_path):
@@ -142,3 +145,31 @@ def test_evaluating_no_run_is_one_sentence(tmp_path):
     assert result.stderr.strip() == (
         f"workdir={tmp_path} has no config.json; give the workdir of a run made by launch.train."
     )
+
+
+def test_a_device_grows_the_trees_of_itself():
+    rows = named("devices")
+    assert rows["same_trees"]["value"] == 1 and rows["logp_difference"]["value"] == 0
+    assert rows["same_tokens"]["value"] > 0 and "first_logit_gap" not in rows
+
+
+def test_trees_are_compared_up_to_their_first_difference():
+    parent, used = [[-1, -1], [0, 0], [0, 1], [0, 1]], np.ones((4, 2), bool)
+    used[0, 1] = False
+    one = T.from_parents(parent, used, [[3, 0], [3, 1]], token=jnp.arange(8).reshape(4, 2), logp_policy=-jnp.ones((4, 2)))
+    a = jax.tree.map(lambda x: np.stack([x] * 3), one)
+    other = a.replace(token=a.token.copy(), logp_policy=a.logp_policy.copy())
+    other.token[1, 2, 1] = 9  # the second tree draws another token in row 2
+    other.logp_policy[1, 2, 1] = -1.25
+    other.logp_policy[1, 3, 0] = -5  # what follows is another tree
+    other.logp_policy[2, 1, 0] = -1.5  # the third has the same tokens
+    got = devices.compare(a, other)
+    assert got["same"].tolist() == [True, False, True]
+    assert got["cells"] == 7 + 3 + 7 and got["drift"] == 0.5 and got["gap"] == [0.25]
+
+
+def test_without_an_accelerator_there_is_nothing_to_compare_with():
+    with pytest.raises(ValueError) as error:
+        list(SUITES["devices"]())
+    want = "devices suite: compares an accelerator with the CPU and finds none; run it where one is."
+    assert str(error.value) == want

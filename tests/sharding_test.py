@@ -18,8 +18,8 @@ import optax
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+from treerl import attention, sharding
 from treerl import prompts as P
-from treerl import sharding
 from treerl import step as S
 from treerl.config import default
 from treerl.tasks import Encoded, Task
@@ -165,7 +165,7 @@ def test_devices_do_not_change_the_step(first, tmp_path):
     command = [sys.executable, __file__, str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
-    for name in MESHES:
+    for name in [*MESHES, "kernel"]:
         actual = np.load(tmp_path / f"{name}.npz")
         for field in ("tree.token", "tree.parent", "tree.used", "tree.end", "tree.source", "tree.leaf"):
             np.testing.assert_array_equal(actual[field], wanted[field], err_msg=f"{name}: {field}")
@@ -201,6 +201,11 @@ def main(folder: str):
         with with_trees():
             result = numbers(*tiny.step(tiny.state(), tiny.prompts(), tiny.knobs))
         np.savez(os.path.join(folder, f"{name}.npz"), **result)
+    fused = functools.partial(attention.fused, interpret=True)
+    with mock.patch.object(attention, "kernel", lambda head_dim, mesh: attention.sharded(fused, mesh)), with_trees():
+        tiny = Tiny(sharding.make_mesh(**sizes))
+        result = numbers(*tiny.step(tiny.state(), tiny.prompts(), tiny.knobs))
+    np.savez(os.path.join(folder, "kernel.npz"), **result)
 
 
 def test_bins_do_not_change_the_gradient(first):

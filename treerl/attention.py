@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.sharding import Mesh, PartitionSpec
+
+from treerl.sharding import TREES
 
 Attend = Callable
 
@@ -114,12 +117,33 @@ def dense(q, cache, prompt_length, path, rows):
     return out / norm[..., None]
 
 
-def fusible(head_dim: int) -> bool:
-    """Whether `fused` runs on the default device for heads of this size."""
-    return jax.default_backend() == "gpu" and head_dim >= 16 and head_dim & (head_dim - 1) == 0
+def kernel(head_dim: int, mesh: Mesh | None = None) -> Callable:
+    """`fused` where the devices are GPUs and the heads fit it, else `dense`.
+
+    Args:
+      mesh: trees over data and fsdp, heads over tensor; None is the default device.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if platform != "gpu" or head_dim < 16 or head_dim & (head_dim - 1):
+        return dense
+    return fused if mesh is None or mesh.size == 1 else sharded(fused, mesh)
 
 
-def fused(q, cache, prompt_length, path, rows, *, block: int = 64, interpret: bool = False):
+def sharded(kernel: Callable, mesh: Mesh) -> Callable:
+    """Runs a kernel on each device's own trees and heads; the partitioner cannot cut it itself."""
+    heads, trees = PartitionSpec(*TREES, "tensor"), TREES
+
+    def run(q, cache, prompt_length, path, rows):
+        own = lambda *arrays: kernel(*arrays, rows)
+        specs = (heads, (heads,) * 4, trees, trees)
+        return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(
+            q, cache, prompt_length, path
+        )
+
+    return run
+
+
+def fused(q, cache, prompt_length, path, rows, *, block: int = 32, interpret: bool = False):
     """The same as `dense` in one Pallas kernel for GPUs, which reads the cells in use alone.
 
     A program for every (tree, key head, slot) scores all queries of the tree on that slot's

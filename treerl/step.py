@@ -190,7 +190,7 @@ def rollout(fns: Fns, params, prompts: Prompts, key, step, knobs, *, slots=None)
     plain = slots is not None
     slots = slots if plain else size.slots
     return sampler.sample(
-        make_policy(fns.model, params, slots=slots, rows=size.rows),
+        make_policy(fns.model, params, slots=slots, rows=size.rows, mesh=fns.mesh),
         branching.stochastic() if plain else fns.branching(knobs, step),
         pruning.none() if plain else fns.pruning(knobs),
         prompts,

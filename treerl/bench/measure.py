@@ -1,11 +1,14 @@
 """Time, memory and bandwidth of compiled programs, and the rows that report them."""
+import contextlib
 import os
 import statistics
+import tempfile
 import time
 from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 
 from treerl.models.presets import PRESETS
 from treerl.models.transformer import TransformerConfig
@@ -42,6 +45,23 @@ def compiled(function, *args) -> Program:
     memory = program.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return Program(program, seconds, peak - memory.alias_size_in_bytes)
+
+
+@contextlib.contextmanager
+def persistent_cache():
+    """An empty persistent compilation cache, for the time of the context."""
+    names = "jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name, value in zip(names, (True, folder, 0.0)):
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+            yield
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
 
 
 def alternate(programs: dict[str, Callable], repeats: int, warmup: int = 1) -> dict[str, Times]:

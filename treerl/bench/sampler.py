@@ -37,7 +37,7 @@ def defaults() -> dict:
     if measure.on_accelerator():
         return dict(
             preset="qwen2.5-1.5b", dtype="bfloat16", prompts=16, slots=8, prompt=256, rows=512, segment=32,
-            lengths=(256,), windows=(20, 30, 50), repeats=5, read_bytes=4 * 2**30,
+            lengths=(), windows=(20, 30, 50), repeats=5, read_bytes=4 * 2**30,
         )  # fmt: skip
     return dict(
         preset="tiny", dtype="float32", prompts=32, slots=8, prompt=20, rows=64, segment=4,

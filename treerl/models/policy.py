@@ -2,22 +2,24 @@
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import Mesh
 
 from treerl import attention
 from treerl.models.transformer import Model
 from treerl.types import Params, Policy
 
 
-def make_policy(model: Model, params: Params, *, slots: int, rows: int) -> Policy:
+def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Mesh | None = None) -> Policy:
     """The sampler's view: weights are cast and unstacked once, before its loop.
 
     Args:
       slots, rows: K and S, the size of the pool of keys and values of a tree.
+      mesh: of the parameters; None is one device.
     """
     module = model.merge(params)
     layers = module.layers()
     config = model.config
-    kernel = attention.fused if attention.fusible(config.head_dim) else attention.dense
+    kernel = attention.kernel(config.head_dim, mesh)
 
     def prefill(token, length):
         batch, width = token.shape

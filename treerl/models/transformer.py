@@ -40,6 +40,10 @@ class TransformerConfig:
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} is odd; rotary positions need it even.")
 
+    def products(self):
+        """A context for matrix products: float32 means float32, not TF32 or passes of bfloat16."""
+        return jax.default_matmul_precision("highest" if self.dtype == "float32" else None)
+
 
 def _weight(rngs, config, shape, axes, fan_in):
     """A parameter, normal with standard deviation fan_in^-1/2, with its logical axes."""
@@ -98,6 +102,10 @@ class Block(nnx.Module):
 
     def __call__(self, x, angles, attend, cache):
         """x [B, T, D], angles of `rotary` -> (x, cache) of this layer."""
+        with self.config.products():
+            return self._forward(x, angles, attend, cache)
+
+    def _forward(self, x, angles, attend, cache):
         c, h = self.config, self.attention_norm(x)
         qkv = jnp.einsum("btd,dgrh->btgrh", h, self.qkv[...])
         if c.qkv_bias:
@@ -165,7 +173,8 @@ class Transformer(nnx.Module):
     def logits(self, hidden):
         """hidden [..., D] -> float32 [..., V]."""
         table = self.embedding if self.config.tied else self.unembedding
-        return jnp.einsum("...d,vd->...v", hidden, table[...], preferred_element_type=jnp.float32)
+        with self.config.products():
+            return jnp.einsum("...d,vd->...v", hidden, table[...], preferred_element_type=jnp.float32)
 
 
 class Model:
