@@ -205,8 +205,9 @@ def test_non_ancestors_have_exactly_zero_gradient(optimised, params):
     def hidden(x):
         angles = module.angles(position)
         attend = attention.packed(stop, block=16)
-        for block in module.layers():
-            x, _ = block(x, angles, attend, None)
+        apply, layers = module.layers()
+        for weights in layers:
+            x, _ = apply(weights, x, angles, attend, None)
         return x
 
     jacobian = jax.jit(jax.jacobian(lambda x: jnp.sum(hidden(x), -1)[0]))(module.embed(token))[:, 0]  # [C, C, D]
@@ -277,7 +278,7 @@ def test_cached_decoding_equals_the_full_forward(params, rule):
         owned = np.asarray(flat["weight"]).reshape(-1) > 0
         np.testing.assert_allclose(np.asarray(logp)[owned], np.asarray(flat["logp"]).reshape(-1)[owned], atol=2e-5)
         compared += owned.sum()
-    assert compared > 300 and (rule == "lookahead" or restarts > 20)
+    assert compared > 300 and (rule == "lookahead" or restarts > 10)
 
 
 def test_chunked_log_probs_equal_whole_ones(params):

@@ -304,7 +304,7 @@ def gradient(fns: Fns, objective, params, bins: packing.Bins, weight):
         take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * step, step, axis=1).reshape(shards * step, -1)
         return packing.Bins(count=bins.count, **jax.tree.map(take, arrays))
 
-    value = jax.value_and_grad(objective, has_aux=True)
+    value = jax.value_and_grad(jax.jit(objective), has_aux=True)  # traced once, for its shapes too
     shapes = jax.eval_shape(value, params, jax.eval_shape(micro, 0))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)  # whatever the parameters are
 

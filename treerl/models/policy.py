@@ -17,7 +17,7 @@ def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Me
       mesh: of the parameters; None is one device.
     """
     module = model.merge(params)
-    layers = module.layers()
+    apply, layers = module.layers()
     config = model.config
     kernel = attention.kernel(config.head_dim, mesh)
 
@@ -34,9 +34,10 @@ def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Me
         length, last, caches = cache
         attend = attention.pool(length, path, row, write, rows, kernel)
         x, angles = module.embed(token), module.angles(length[:, None] + row)
+        block = jax.jit(lambda weights, x, cache: apply(weights, x, angles, attend, cache))  # traced once
         new = []
-        for block, cache in zip(layers, caches):
-            x, cache = block(x, angles, attend, cache)
+        for weights, cache in zip(layers, caches):
+            x, cache = block(weights, x, cache)
             new.append(cache)
         hidden = jnp.where(row[..., None] < 0, last, module.final_norm(x))
         return module.logits(hidden), (length, last, new)

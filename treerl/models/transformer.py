@@ -164,11 +164,15 @@ class Transformer(nnx.Module):
         x, caches = jax.lax.scan(layer, self.embed(token), (weights, caches))
         return self.final_norm(x), caches
 
-    def layers(self) -> list[Block]:
-        """The blocks one by one, for a loop that must not slice stacked weights every step."""
+    def layers(self):
+        """The blocks one by one, for a loop that must not slice stacked weights every step.
+
+        Returns:
+          (apply(weights, x, angles, attend, cache) -> (x, cache), list of the layers' weights).
+        """
         definition, weights = nnx.split(self.blocks)
-        take = lambda i: nnx.merge(definition, jax.tree.map(lambda w: w[i], weights))
-        return [take(i) for i in range(self.config.layers)]
+        apply = lambda weights, *args: nnx.merge(definition, weights)(*args)
+        return apply, [jax.tree.map(lambda w: w[i], weights) for i in range(self.config.layers)]
 
     def logits(self, hidden):
         """hidden [..., D] -> float32 [..., V]."""
