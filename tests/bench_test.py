@@ -83,9 +83,9 @@ def test_a_perturbed_objective_raises(monkeypatch):
 
 
 def test_agreement_tells_nan_and_small_differences():
-    assert learner.check_agreement("packed", 1.0, 1.0005, 1e-3) == pytest.approx(5e-4, rel=1e-2)
+    assert learner.check_agreement("packed", 1.0, 1.0005, 0.5, 2e-3) == pytest.approx(1e-3, rel=1e-2)
     with pytest.raises(ValueError):
-        learner.check_agreement("packed", float("nan"), 1.0, 1e-3)
+        learner.check_agreement("packed", float("nan"), 1.0, 1.0, 1e-3)
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])
