@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -16,6 +17,8 @@ from treerl.checkpoint import Checkpoints
 from treerl.config import default
 from treerl.errors import UserError, writing
 
+# of what Orbax leaves half done
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 8
 SIZES = {
@@ -86,11 +89,7 @@ def test_command_line_of_train(arg, flags, message, tmp_path):
     ("train", ["--workdir=x"], "--config is missing; add --config=VALUE, see --help."),
     ("evaluate", [], "--workdir is missing; add --workdir=VALUE, see --help."),
     ("evaluate", ["--workdir=x", "--config.steps=3"], "Unknown command line flag 'config.steps'"),
-    ("evaluate", ["--workdir=/nowhere/run"],
-     "workdir=/nowhere/run has no config.json that can be read (No such file or directory); "
-     "give the workdir of a run made by launch.train."),
     ("bench", [], "--suite is missing; add --suite=VALUE, see --help."),
-    ("bench", ["--suite=speed"], "--suite=speed is unknown; the suites are sampler, learner, step."),
     ("bench", ["--suite=step", "--out=/nowhere/out"],
      "--out=/nowhere/out cannot be written (No such file or directory); give a file that can, with room for the lines."),
 ])  # fmt: skip
@@ -168,8 +167,8 @@ def test_every_field_was_thought_of():
     assert set(ruled) | anything | elsewhere == known
     C.check(default())
     for name in ruled:
-        for bad in (-1, float("nan"), "", (0,)):
-            if C.fits(bad, dict(C.fields(default()))[name]):
+        for bad in (-1, -1.0, float("nan"), "", (0,)):
+            if type(bad) is type(dict(C.fields(default()))[name]):
                 assert sentence(C.check, changed(**{name: bad})).startswith(f"{name}={bad!r} cannot work; set it to ")
 
 
@@ -281,11 +280,18 @@ def refused(workdir, words: str) -> str:
     )
 
 
-@pytest.mark.parametrize("full_at, last_good", [(5, 4), (7, 6)])  # noticed by the next save; by the final close
-def test_a_disk_that_fills_up_during_a_checkpoint(full_at, last_good, quick, disk, tmp_path, monkeypatch):
+@pytest.mark.parametrize("last_good", [4, 6])  # noticed by the next save; by the final close
+def test_a_disk_that_fills_up_during_a_checkpoint(last_good, quick, disk, tmp_path, monkeypatch):
     """Through Orbax's own background writes; with room again the same command ends the run."""
     workdir = tmp_path / "run"
-    monkeypatch.setattr(Quick, "before_step", staticmethod(lambda number: number == full_at and disk("full")))
+
+    def fill(number):
+        if number == last_good + 1:
+            while not (workdir / "checkpoints/latest" / str(last_good)).exists():
+                time.sleep(0.01)
+            disk("full")
+
+    monkeypatch.setattr(Quick, "before_step", staticmethod(fill))
     assert sentence(quick) == refused(workdir, "File too large")
     with Checkpoints(workdir, read_only=True) as checkpoints:
         assert checkpoints.latest_step == last_good
@@ -322,9 +328,9 @@ def test_a_full_disk_from_the_command_line(data, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
-def test_a_disk_that_is_full_for_other_files(name, quick, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_for_other_files(name, quick, tmp_path):
     """/dev/full answers every write as a full disk does."""
-    workdir = tmp_path / "run"
+    workdir, patch = tmp_path / "run", pytest.MonkeyPatch()
     if name == "config.json":
         workdir.mkdir()
         (workdir / "config.json.tmp").symlink_to("/dev/full")
@@ -333,15 +339,14 @@ def test_a_disk_that_is_full_for_other_files(name, quick, tmp_path, monkeypatch)
         def begin(self, path, resume_step):
             self._file = open("/dev/full", "a")
 
-        monkeypatch.setattr(metrics.MetricsFile, "__init__", begin)
-    assert sentence(quick) == refused(workdir, "No space left on device")
+        patch.setattr(metrics.MetricsFile, "__init__", begin)
+    try:
+        assert sentence(quick) == refused(workdir, "No space left on device")
+    finally:
+        patch.undo()
     assert not (workdir / "metrics.jsonl").exists()
-    monkeypatch.setattr(metrics.MetricsFile, "__init__", MetricsFile_init)
     (workdir / "config.json.tmp").unlink(missing_ok=True)
     assert quick()["steps"] == STEPS
-
-
-MetricsFile_init = metrics.MetricsFile.__init__
 
 
 def test_a_workdir_that_cannot_be_made(quick, tmp_path):
@@ -405,6 +410,13 @@ def test_a_damaged_metrics_file(quick, finished, tmp_path):
     )
 
 
+def test_a_workdir_of_no_run():
+    assert sentence(train.load, "/nowhere/run") == (
+        "workdir=/nowhere/run has no config.json that can be read (No such file or directory); "
+        "give the workdir of a run made by launch.train."
+    )
+
+
 def test_a_workdir_without_a_checkpoint(finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run", ignore=lambda *_: ["checkpoints"])
     assert sentence(train.load, str(workdir)) == (
@@ -455,8 +467,9 @@ def test_a_damaged_checkpoint(damage, quick, finished, tmp_path):
 def test_a_damaged_best_checkpoint(damage, finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     os.truncate(workdir / "checkpoints/best/0" / damage, 5)
+    folder = {"metrics/metrics": "best", "state/_METADATA": "best/0"}[damage]
     assert sentence(functools.partial(train.load, str(workdir), best=True)) == (
-        f"checkpoint {workdir}/checkpoints/best/0 is damaged; delete it to go on without a best checkpoint."
+        f"checkpoint {workdir}/checkpoints/{folder} is damaged; delete it to go on without a best checkpoint."
     )
 
 

@@ -44,9 +44,8 @@ class Checkpoints:
             root = os.path.abspath(root)
         self._read_only = read_only
         self._latest = _manager(f"{root}/checkpoints/latest", read_only)
-        self._best = _manager(
-            f"{root}/checkpoints/best", read_only, best_fn=lambda metrics: metrics["metric"]
-        )
+        with _undamaged(f"{root}/checkpoints/best", FORGET):
+            self._best = _manager(f"{root}/checkpoints/best", read_only, best_fn=lambda metrics: metrics["metric"])
         self._best_metric = _best_metric(self._best)
 
     @property
@@ -181,8 +180,7 @@ def _manager(folder: str, read_only: bool, best_fn=None):
 
 def _best_metric(manager) -> float | None:
     step = manager.best_step()
-    with _undamaged(f"{manager.directory}/{step}", FORGET):
-        return None if step is None else manager.metrics(step)["metric"]
+    return None if step is None else manager.metrics(step)["metric"]
 
 
 @contextlib.contextmanager
@@ -190,7 +188,7 @@ def _undamaged(folder: str, fix: str):
     """Turns what Orbax raises over cut or missing files, errors of many types, into a UserError."""
     try:
         yield
-    except (UserError, jax.errors.JaxRuntimeError):  # the latter: out of memory
+    except (UserError, PermissionError, jax.errors.JaxRuntimeError):  # the last: out of memory
         raise
     except Exception as error:
         raise UserError(f"checkpoint {folder} is damaged; {fix}.") from error

@@ -193,8 +193,10 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict:
             checkpoints.save(0, state, extra=extra, metric=before["pass@1"])
         start = int(state.step)
         spent = extra["seconds"]  # by earlier processes of this run
-        with metrics.MetricsFile(os.path.join(workdir, "metrics.jsonl"), start) as metrics_file:
-            bar = tqdm(total=config.steps, initial=start, desc="train", disable=not progress)
+        with (
+            metrics.MetricsFile(os.path.join(workdir, "metrics.jsonl"), start) as metrics_file,
+            tqdm(total=config.steps, initial=start, desc="train", disable=not progress) as bar,
+        ):
             position = int(state.position)
             for number in range(start + 1, config.steps + 1):
                 tick = time.monotonic()
@@ -213,7 +215,6 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict:
                     extra = dict(extra, seconds=spent + time.monotonic() - begin)
                     checkpoints.save(number, state, extra=extra, metric=scores and scores["pass@1"])
                 bar.update()
-            bar.close()
     seconds = spent + time.monotonic() - begin
     after = extra.get("after", extra["before"])
     top = f"pass@{config.evaluation.samples}"
