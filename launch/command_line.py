@@ -12,11 +12,13 @@ def parse(argv: list[str]) -> list[str]:
     """Parses the flags of a command line; returns what is left, the program's name."""
     for argument, following in zip(argv[1:], [*argv[2:], ""]):
         name, equals, value = argument.lstrip("-").partition("=")
-        if name == "config" and "config" in flags.FLAGS:
+        if not argument.startswith("-") or "config" not in flags.FLAGS:
+            continue
+        if name == "config":
             file = (value if equals else following).partition(":")[0]
             if not os.path.isfile(file):
                 raise UserError(f"--config={file} is no file; give an experiment, such as experiments/countdown.py.")
-        elif (field := re.match(r"(?:no)?config\.(.+)", name)) and "config" in flags.FLAGS:
+        elif field := re.match(r"(?:no)?config\.(.+)", name):
             _check_field(field[1])
     try:
         rest = flags.FLAGS(argv)
@@ -32,7 +34,8 @@ def _check_field(name: str) -> None:
     known = dict(fields(default()))
     if name.startswith("advantage.options."):
         option = name.rpartition(".")[2]
-        raise UserError(f"--config.{name} cannot be set alone; write --config.advantage.options=\"{{'{option}': VALUE}}\".")
+        whole = f"--config.advantage.options=\"{{'{option}': VALUE}}\""
+        raise UserError(f"--config.{name} cannot be set alone; write {whole}.")
     if name not in known and not any(field.startswith(name + ".") for field in known):
         raise unknown(name, known)
 

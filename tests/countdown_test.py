@@ -400,7 +400,8 @@ def test_what_the_system_refuses_is_a_sentence(error, words, tmp_path, monkeypat
     with pytest.raises(UserError) as raised:
         tasks.make(small(), tmp_path)
     assert str(raised.value) == (
-        f"data_dir={tmp_path} cannot be written ({words}); set data_dir to a folder that can, with room for the examples."
+        f"data_dir={tmp_path} cannot be written ({words}); set data_dir to a folder that can, with room for "
+        "the examples."
     )
 
 

@@ -91,7 +91,8 @@ def test_command_line_of_train(arg, flags, message, tmp_path):
     ("evaluate", ["--workdir=x", "--config.steps=3"], "Unknown command line flag 'config.steps'"),
     ("bench", [], "--suite is missing; add --suite=VALUE, see --help."),
     ("bench", ["--suite=step", "--out=/nowhere/out"],
-     "--out=/nowhere/out cannot be written (No such file or directory); give a file that can, with room for the lines."),
+     "--out=/nowhere/out cannot be written (No such file or directory); give a file that can, with room for "
+     "the lines."),
 ])  # fmt: skip
 def test_command_lines(entry, flags, message):
     run = launch(entry, *flags)
@@ -138,7 +139,8 @@ def changed(**values):
     *[(dict(branching__share=share),
        f"branching.share={share} cannot work; set it to (step, share) pairs that ascend from step 0, "
        "shares from 0 to 1, such as ((0, 0.5), (100, 1.0)).")
-      for share in ((3,), (), ((1, 0.5),), ((0, 1.5),), ((0, -0.1),), ((0, 1.0), (0, 0.5)), ((0, "a"),), ((0.5, 1.0),))],
+      for share in (
+          (3,), (), ((1, 0.5),), ((0, 1.5),), ((0, -0.1),), ((0, 1.0), (0, 0.5)), ((0, "a"),), ((0.5, 1.0),))],
 ])  # fmt: skip
 def test_values_that_cannot_work(changes, message):
     assert sentence(C.check, changed(**changes)) == message
@@ -195,7 +197,8 @@ def small(data, **changes):
     (dict(branching__rule="magic"), 1, "branching.rule='magic' is unknown; known are lookahead, stochastic."),
     (dict(pruning__rule="magic"), 1, "pruning.rule='magic' is unknown; known are none, similarity."),
     (dict(pruning__windows=(4, 60)), 1,
-     "pruning.windows=(4, 60) must be lengths from 1 to sampler.answer_length=16; shorten them, or set pruning.rule=none."),
+     "pruning.windows=(4, 60) must be lengths from 1 to sampler.answer_length=16; "
+     "shorten them, or set pruning.rule=none."),
     (dict(learner__weighting="magic"), 1, "learner.weighting='magic' is unknown; known are sequence, token."),
     (dict(optimizer__schedule="magic"), 1, "optimizer.schedule='magic' is unknown; use 'constant' or 'cosine'."),
     (dict(learner__bin_tokens=20), 1,
@@ -356,7 +359,8 @@ def test_a_workdir_that_cannot_be_made(quick, tmp_path):
 
 
 def test_only_what_the_system_refuses_is_a_sentence():
-    for error in (ValueError("a bug"), KeyError("a bug"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
+    memory = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    for error in (ValueError("a bug"), KeyError("a bug"), memory):
         with pytest.raises(type(error)) as raised, writing("this", "mend it."):
             raise error
         assert raised.value is error

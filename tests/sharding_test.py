@@ -339,8 +339,8 @@ def test_mesh_sizes(monkeypatch):
         with pytest.raises(UserError) as error:
             sharding.make_mesh(**bad)
         assert str(error.value) == (
-            f"mesh.data={sizes['data']}, mesh.fsdp={sizes['fsdp']}, mesh.tensor=1 does not fit the number of devices, 8; "
-            "set sizes that multiply to 8, or one of them to -1 for the rest."
+            f"mesh.data={sizes['data']}, mesh.fsdp={sizes['fsdp']}, mesh.tensor=1 does not fit the number of "
+            "devices, 8; set sizes that multiply to 8, or one of them to -1 for the rest."
         )
 
 

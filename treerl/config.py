@@ -166,7 +166,7 @@ RULES = (
     ("a number above 0", lambda x: x > 0, "model.rope_theta sampler.temperature optimizer.clip_norm"),
     ("a number above 0, at most 1", lambda x: 0 < x <= 1, "sampler.top_p"),
     ("a number from 0 to below 1", lambda x: 0 <= x < 1, "optimizer.b1 optimizer.b2"),
-    ("float32, bfloat16 or float16", lambda x: x in ("float32", "bfloat16", "float16"), "model.dtype model.param_dtype"),
+    ("float32, bfloat16 or float16", ("float32", "bfloat16", "float16").__contains__, "model.dtype model.param_dtype"),
     ("lengths of 1 or more, such as (4, 6)", _are_lengths, "sampler.lengths pruning.windows"),
     ("(step, share) pairs that ascend from step 0, shares from 0 to 1, such as ((0, 0.5), (100, 1.0))", _are_shares,
      "branching.share"),
@@ -184,7 +184,8 @@ def unknown(name: str, known) -> UserError:
     """The error for a field that is none, with its nearest neighbour."""
     namesakes = [field for field in known if field.rpartition(".")[2] == name.rpartition(".")[2]]
     near = difflib.get_close_matches(name, namesakes or known, n=1, cutoff=0 if namesakes else 0.6)
-    return UserError(f"{name} is no field of the config; {f'did you mean {near[0]}?' if near else 'see treerl/config.py.'}")
+    advice = f"did you mean {near[0]}?" if near else "see treerl/config.py."
+    return UserError(f"{name} is no field of the config; {advice}")
 
 
 def check(config: ConfigDict) -> None:
@@ -204,7 +205,9 @@ def check(config: ConfigDict) -> None:
                 raise UserError(f"{name}={given[name]!r} cannot work; set it to {must}.")
     lengths, rows = given["sampler.lengths"], given["sampler.answer_length"]
     if any(a >= b for a, b in zip(lengths, [*lengths[1:], rows])):
-        raise UserError(f"sampler.lengths={lengths!r} must ascend and stay below sampler.answer_length={rows}; mend either.")
+        raise UserError(
+            f"sampler.lengths={lengths!r} must ascend and stay below sampler.answer_length={rows}; mend either."
+        )
 
 
 def parse_arg(arg: str | None, **known) -> dict:

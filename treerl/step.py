@@ -72,10 +72,12 @@ def _estimator(name: str, options) -> Callable:
     known = {k: p.default for k, p in inspect.signature(estimator).parameters.items() if p.kind is p.KEYWORD_ONLY}
     for option, value in options.items():
         if option not in known:
-            raise UserError(f"advantage.options has no {option!r} for advantage.name={name}; known are {', '.join(sorted(known))}.")
-        if not fits(value, known[option]):
-            like = known[option]
-            raise UserError(f"advantage.options.{option}={value!r} is no {type(like).__name__}; set one such as {like!r}.")
+            names = ", ".join(sorted(known))
+            raise UserError(f"advantage.options has no {option!r} for advantage.name={name}; known are {names}.")
+        like = known[option]
+        if not fits(value, like):
+            kind = type(like).__name__
+            raise UserError(f"advantage.options.{option}={value!r} is no {kind}; set one such as {like!r}.")
     return functools.partial(estimator, **options)
 
 
@@ -109,7 +111,8 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
     if s.prompts % sharding.tree_shards(mesh):
         shards = sharding.tree_shards(mesh)
         raise UserError(
-            f"sampler.prompts={s.prompts} does not divide over mesh.data x mesh.fsdp = {shards} shards; make it a multiple."
+            f"sampler.prompts={s.prompts} does not divide over mesh.data x mesh.fsdp = {shards} shards; "
+            "make it a multiple."
         )
     packing.bin_bound(s.prompts, s.slots, s.prompt_length + s.answer_length, l.bin_tokens)
     return Fns(
