@@ -254,8 +254,7 @@ def read_config(workdir: str) -> dict:
             return json.load(file)
     except OSError as error:
         raise UserError(
-            f"workdir={workdir} has no config.json that can be read ({error.strerror}); "
-            "give the workdir of a run made by launch.train."
+            f"workdir={workdir} has no config.json; give the workdir of a run made by launch.train."
         ) from error
     except ValueError as error:
         raise UserError(f"{path} is damaged; give another --workdir, or put the run's own config there.") from error
