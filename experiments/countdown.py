@@ -20,6 +20,7 @@ x86-64 server each:
 At equal steps; the default drew 734,000 tokens a run in 222 s, grpo 819,000 in 200 s.
 """
 from treerl.config import default, parse_arg
+from treerl.errors import UserError
 
 VARIANTS = ("latr_depthwise", "latr", "grpo")
 
@@ -32,7 +33,7 @@ def get_config(arg: str | None = None):
     """
     given = parse_arg(arg, seed=0, variant=VARIANTS[0])
     if given["variant"] not in VARIANTS:
-        raise ValueError(f"variant={given['variant']!r} is unknown; known are {', '.join(VARIANTS)}.")
+        raise UserError(f"variant={given['variant']!r} is unknown; known are {', '.join(VARIANTS)}.")
     config = default()
     config.seed = given["seed"]
     if given["variant"] != "latr_depthwise":

@@ -8,24 +8,28 @@ import contextlib
 import json
 import sys
 
-from absl import app, flags
+from absl import flags
+
+from launch import entry
+from treerl.errors import UserError, writing
 
 _SUITE = flags.DEFINE_string("suite", None, "Suite to run: sampler, learner, step or devices.")
 _OUT = flags.DEFINE_string("out", None, "File that also gets the lines.")
 flags.mark_flag_as_required("suite")
 
 
-def main(_):
+def main():
     import jax
 
     from treerl.bench import SUITES
 
     if _SUITE.value not in SUITES:
-        sys.exit(f"--suite={_SUITE.value} is unknown; the suites are {', '.join(SUITES)}.")
+        raise UserError(f"--suite={_SUITE.value} is unknown; the suites are {', '.join(SUITES)}.")
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
     with contextlib.ExitStack() as stack:
         files = [sys.stdout]
         if _OUT.value:
+            stack.enter_context(writing(f"--out={_OUT.value}", "give a file that can, with room for the lines."))
             files.append(stack.enter_context(open(_OUT.value, "w", encoding="utf-8")))
         for row in SUITES[_SUITE.value]():
             for file in files:
@@ -33,4 +37,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    entry.run(main)

@@ -6,26 +6,22 @@ Prints one JSON line on standard output: the checkpoint's step and unbiased pass
 4, ... up to the samples drawn for each example (evaluation.samples of the run's config).
 """
 import json
-import sys
 
-from absl import app, flags, logging
+from absl import flags
+
+from launch import entry
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run made by launch.train.")
 _BEST = flags.DEFINE_bool("best", False, "The checkpoint with the best held-out pass@1, not the latest.")
 flags.mark_flag_as_required("workdir")
 
 
-def main(_):
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a restore
+def main():
     from treerl.train import load  # after the flags: a wrong one must not cost the import of jax
 
-    try:
-        experiment, state, step = load(_WORKDIR.value, best=_BEST.value)
-    except ValueError as error:
-        sys.exit(str(error))  # to standard error, exit status 1
+    experiment, state, step = load(_WORKDIR.value, best=_BEST.value)
     print(json.dumps(dict(step=step, **experiment.evaluate(state.params))))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    entry.run(main)

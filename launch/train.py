@@ -8,17 +8,17 @@ Prints one JSON line on standard output at the end; goes on from the last checkp
 import json
 import sys
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
+
+from launch import entry
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a file with get_config(arg).")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: metrics, checkpoints, report.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(_):
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a checkpoint
+def main():
     from treerl.train import train  # after the flags: a wrong one must not cost the import of jax
 
     print(json.dumps(train(_CONFIG.value, _WORKDIR.value)))
@@ -26,4 +26,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    entry.run(main)

@@ -1,4 +1,5 @@
 """Countdown: the grader against a plain-Python oracle, the puzzles, the errors, the tokenizer."""
+import errno
 import random
 import re
 import sys
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 
 from countdown_oracle import countdown_grade, countdown_value
 from treerl import tasks
+from treerl.errors import UserError
 from treerl.tasks import countdown
 from treerl.tokenizers import CharTokenizer
 
@@ -340,30 +342,33 @@ def test_orders_repeat_training_puzzles_and_never_heldout_ones(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(name="chess"), "name 'chess' is no known task: choose one of countdown."),
-    (dict(numbers_min=1), "numbers_min is 1: set it to 2 or more."),
-    (dict(numbers_max=2), "numbers_max is 2, below numbers_min 3: set it to 3 or more."),
-    (dict(largest=0), "largest is 0: set it to 1 or more."),
-    (dict(target_max=0), "target_max is 0: set it to 1 or more."),
-    (dict(heldout_size=0), "heldout_size is 0: set it to 1 or more."),
-    (dict(operators=""), "operators is '': set it to one or more of '+-*/'."),
-    (dict(operators="+^"), "operators is '+^': set it to one or more of '+-*/'."),
+    (dict(name="chess"), "task.name='chess' is unknown; known are countdown."),
+    (dict(numbers_min=0), "task.numbers_min=0 cannot work; set it to 2 or more."),
+    (dict(numbers_min=1), "task.numbers_min=1 cannot work; set it to 2 or more."),
+    (dict(numbers_max=2), "task.numbers_max=2 cannot work; set it to 3 or more."),
+    (dict(largest=0), "task.largest=0 cannot work; set it to 1 or more."),
+    (dict(target_max=0), "task.target_max=0 cannot work; set it to 1 or more."),
+    (dict(orders=0), "task.orders=0 cannot work; set it to 1 or more."),
+    (dict(train_size=0), "task.train_size=0 cannot work; set it to 1 or more."),
+    (dict(heldout_size=0), "task.heldout_size=0 cannot work; set it to 1 or more."),
+    (dict(operators=""), "task.operators='' cannot work; set it to one or more of '+-*/'."),
+    (dict(operators="+^"), "task.operators='+^' cannot work; set it to one or more of '+-*/'."),
     (
         dict(largest=128),
-        "largest 128 with numbers_max 4 makes values up to 2147483648, beyond the grader's "
-        "int32: lower largest or numbers_max until 2**(numbers_max-1) * largest**numbers_max "
-        "< 2**31.",
+        "task.largest=128 with task.numbers_max=4 makes values up to 2147483648, beyond the grader's "
+        "int32; lower either until 2**(numbers_max-1) * largest**numbers_max < 2**31.",
     ),
     (
         dict(numbers_min=2, numbers_max=2, largest=2, operators="+"),  # 1+1, 1+2, 2+2
-        "train_size 200 + heldout_size 60 asks for 260 distinct puzzles and 3 were found: lower "
-        "the sizes or raise numbers_max, largest, target_max or the choice of operators.",
+        "task.train_size=200 + task.heldout_size=60 asks for 260 distinct puzzles and 3 were found; lower the "
+        "sizes or raise task.numbers_max, task.largest, task.target_max or the choice of task.operators.",
     ),
 ])
 def test_errors(changes, message, tmp_path):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         tasks.make(small(**changes), tmp_path)
     assert str(error.value) == message
+    assert not list(tmp_path.iterdir())
 
 
 def test_largest_that_fits_is_accepted():
@@ -373,10 +378,49 @@ def test_largest_that_fits_is_accepted():
 def test_folder_that_cannot_be_written(tmp_path):
     path = tmp_path / "file"
     path.write_text("")
-    with pytest.raises(OSError) as error:
+    with pytest.raises(UserError) as error:
         tasks.make(small(), path)
     assert str(error.value) == (
-        f"data_dir {str(path)!r} cannot be written (Not a directory): choose a folder that can."
+        f"data_dir={path} cannot be written (Not a directory); set data_dir to a folder that can, with room for "
+        "the examples."
+    )
+
+
+@pytest.mark.parametrize("error, words", [
+    (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+    (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+    # what array_record makes of a full disk
+    (RuntimeError("Failed to finalize: write() failed: No space left on device; at byte 8"), "No space left on device"),
+])
+def test_what_the_system_refuses_is_a_sentence(error, words, tmp_path, monkeypatch):
+    def refuse(self):
+        raise error
+
+    monkeypatch.setattr(countdown.Countdown, "download_and_prepare", refuse)
+    with pytest.raises(UserError) as raised:
+        tasks.make(small(), tmp_path)
+    assert str(raised.value) == (
+        f"data_dir={tmp_path} cannot be written ({words}); set data_dir to a folder that can, with room for "
+        "the examples."
+    )
+
+
+def test_bugs_of_a_preparation_stay_bugs(tmp_path, monkeypatch):
+    def fail(self):
+        raise RuntimeError("index out of range")
+
+    monkeypatch.setattr(countdown.Countdown, "download_and_prepare", fail)
+    with pytest.raises(RuntimeError, match="index out of range"):
+        tasks.make(small(), tmp_path)
+
+
+@pytest.mark.parametrize("numbers", [[], [1, 2, 3, 4, 5]])
+def test_an_example_without_numbers_or_with_too_many(numbers):
+    with pytest.raises(UserError) as error:
+        countdown.encode(dict(numbers=numbers, target=3, solution="1+2"), numbers_max=4)
+    assert str(error.value) == (
+        f"a Countdown example has {len(numbers)} numbers, not 1 to task.numbers_max=4; "
+        "mend the example or task.numbers_max."
     )
 
 

@@ -301,7 +301,7 @@ def test_windows_longer_than_the_answer_are_refused():
 
 
 def test_a_bin_that_cannot_hold_a_path_is_refused():
-    with pytest.raises(ValueError, match=r"learner.bin_tokens=10 is less than prompt_length \+ answer_length = 11"):
+    with pytest.raises(ValueError, match=r"learner.bin_tokens=10 is less than sampler.prompt_length \+ sampler.answer_length = 11"):
         packing.bin_bound(TREES, SLOTS, ROWS + WIDTH, 10)
 
 

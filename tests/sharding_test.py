@@ -22,6 +22,7 @@ from treerl import attention, sharding
 from treerl import prompts as P
 from treerl import step as S
 from treerl.config import default
+from treerl.errors import UserError
 from treerl.tasks import Encoded, Task
 from treerl.tokenizers import CharTokenizer
 
@@ -327,14 +328,19 @@ def test_mesh_sizes(monkeypatch):
     assert sharding.make_mesh(data=1, fsdp=1, tensor=8) == shape(1, 1, 8)
     for bad in (dict(data=-1, fsdp=-1), dict(data=0), dict(fsdp=-2)):
         sizes = dict(data=-1, fsdp=1, tensor=1) | bad
-        with pytest.raises(ValueError) as error:
-            sharding.make_mesh(**bad)
-        assert str(error.value) == f"mesh={sizes} needs positive sizes, at most one of them -1 for the rest."
-    for bad, sizes in ((dict(data=3), shape(3, 1, 1)), (dict(fsdp=3), shape(2, 3, 1)), (dict(fsdp=16), shape(0, 16, 1))):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(UserError) as error:
             sharding.make_mesh(**bad)
         assert str(error.value) == (
-            f"mesh={sizes} does not cover the 8 devices; set mesh.data=-1 or sizes that multiply to 8."
+            f"mesh.data={sizes['data']}, mesh.fsdp={sizes['fsdp']}, mesh.tensor=1 cannot work; "
+            "set positive sizes, at most one of them -1 for the rest."
+        )
+    for bad in (dict(data=3), dict(fsdp=3), dict(fsdp=16), dict(data=4), dict(data=4, fsdp=4)):
+        sizes = dict(data=-1, fsdp=1, tensor=1) | bad
+        with pytest.raises(UserError) as error:
+            sharding.make_mesh(**bad)
+        assert str(error.value) == (
+            f"mesh.data={sizes['data']}, mesh.fsdp={sizes['fsdp']}, mesh.tensor=1 does not fit the number of "
+            "devices, 8; set sizes that multiply to 8, or one of them to -1 for the rest."
         )
 
 

@@ -161,12 +161,13 @@ def test_only_what_the_design_names_is_written(runs):
 def test_a_workdir_of_another_experiment_is_refused(runs, tmp_path):
     from ml_collections import ConfigDict
 
-    from treerl.train import claim
+    from treerl.train import claim, write_config
 
     config = ConfigDict(json.loads((runs["folder"] / "whole" / "config.json").read_text()))
     workdir = tmp_path / "run"
-    workdir.mkdir()
     claim(str(workdir), config)
+    assert not workdir.exists()  # it only looks
+    write_config(str(workdir), config)
     written = (workdir / "config.json").read_text()
     config.mesh.data = 1
     claim(str(workdir), config)  # other devices are the same experiment

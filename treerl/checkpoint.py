@@ -10,6 +10,7 @@ writes into a temporary folder and renames it when all is written: a run killed
 half way leaves a folder that is never read and that the next run removes.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -17,6 +18,10 @@ import os
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+
+from treerl.errors import UserError
+
+FORGET = "delete it to go on without a best checkpoint"
 
 
 class Checkpoints:
@@ -39,9 +44,8 @@ class Checkpoints:
             root = os.path.abspath(root)
         self._read_only = read_only
         self._latest = _manager(f"{root}/checkpoints/latest", read_only)
-        self._best = _manager(
-            f"{root}/checkpoints/best", read_only, best_fn=lambda metrics: metrics["metric"]
-        )
+        with _undamaged(f"{root}/checkpoints/best", FORGET):
+            self._best = _manager(f"{root}/checkpoints/best", read_only, best_fn=lambda metrics: metrics["metric"])
         self._best_metric = _best_metric(self._best)
 
     @property
@@ -112,13 +116,16 @@ class Checkpoints:
           (step, state, extra), or None when nothing was saved.
 
         Raises:
-          ValueError: the checkpoint does not fit; names the first path that differs.
+          UserError: the checkpoint is damaged, or does not fit; names the first path that differs.
         """
-        return _restore(self._latest, self._latest.latest_step(), abstract_state)
+        best, fix = self._best.best_step(), "delete it to start anew"
+        if best is not None:
+            fix += f", and copy {self._best.directory}/{best} into {self._latest.directory} too to go on from there"
+        return _restore(self._latest, self._latest.latest_step(), abstract_state, fix)
 
     def restore_best(self, abstract_state):
         """Restores the checkpoint with the highest metric; see `restore_latest`."""
-        return _restore(self._best, self._best.best_step(), abstract_state)
+        return _restore(self._best, self._best.best_step(), abstract_state, FORGET)
 
     def wait(self) -> None:
         """Blocks until everything saved is on disk; raises what a background write raised."""
@@ -126,10 +133,11 @@ class Checkpoints:
         self._best.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and gives back Orbax's threads."""
-        self.wait()
-        self._latest.close()
-        self._best.close()
+        """Waits and gives back Orbax's threads, also where a write failed, which it raises."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._best.close)
+            stack.callback(self._latest.close)
+            self.wait()
 
     def __enter__(self):
         return self
@@ -175,17 +183,27 @@ def _best_metric(manager) -> float | None:
     return None if step is None else manager.metrics(step)["metric"]
 
 
-def _restore(manager, step, abstract_state):
+@contextlib.contextmanager
+def _undamaged(folder: str, fix: str):
+    """Turns what Orbax raises over cut or missing files, errors of many types, into a UserError."""
+    try:
+        yield
+    except (UserError, PermissionError, jax.errors.JaxRuntimeError):  # the last: out of memory
+        raise
+    except Exception as error:
+        raise UserError(f"checkpoint {folder} is damaged; {fix}.") from error
+
+
+def _restore(manager, step, abstract_state, fix: str):
     manager.wait_until_finished()
     if step is None:
         return None
-    wanted = _flatten(abstract(abstract_state))
-    record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
-    _compare(f"{manager.directory}/{step}", record["leaves"], wanted)
+    wanted, folder = _flatten(abstract(abstract_state)), f"{manager.directory}/{step}"
     stored = {path: x for path, x in wanted.items() if x.size}
-    arrays = manager.restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(stored))
-    ).state
+    with _undamaged(folder, fix):
+        record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+        _compare(folder, record["leaves"], wanted)
+        arrays = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(stored))).state
     for path, x in wanted.items():
         if not x.size:
             arrays[path] = jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
@@ -211,20 +229,20 @@ def _describe(x) -> list:
 
 
 def _compare(folder: str, stored: dict, wanted: dict) -> None:
-    """Raises ValueError at the first path at which a checkpoint and a state differ."""
+    """Raises UserError at the first path at which a checkpoint and a state differ."""
     advice = "restore with the config the checkpoint was made with, or use a new workdir."
     for path, x in wanted.items():
         if path not in stored:
-            raise ValueError(f"checkpoint {folder} has no '{path}', which the state has; {advice}")
+            raise UserError(f"checkpoint {folder} has no '{path}', which the state has; {advice}")
         shape, dtype = tuple(stored[path][0]), stored[path][1]
         if (shape, dtype) != (tuple(x.shape), str(x.dtype)):
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {folder} has {dtype}{list(shape)} at '{path}' where the state has "
                 f"{x.dtype}{list(x.shape)}; {advice}"
             )
     for path in stored:
         if path not in wanted:
-            raise ValueError(f"checkpoint {folder} has '{path}', which the state has not; {advice}")
+            raise UserError(f"checkpoint {folder} has '{path}', which the state has not; {advice}")
 
 
 def _as_json(extra: dict) -> dict:

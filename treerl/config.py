@@ -1,5 +1,9 @@
 """Every field of an experiment, with its default. Only `step.make_fns` and `train` read it."""
+import difflib
+
 from ml_collections import ConfigDict
+
+from treerl.errors import UserError
 
 
 def default() -> ConfigDict:
@@ -72,7 +76,7 @@ def default() -> ConfigDict:
     config.advantage = ConfigDict(
         dict(
             name="branch_depthwise",  # see treerl.advantages
-            options=ConfigDict(),  # keyword arguments of the estimator
+            options=ConfigDict(),  # keyword arguments of the estimator: --config.advantage.options="{'std': False}"
         ),
         convert_dict=False,
     )
@@ -124,6 +128,88 @@ def default() -> ConfigDict:
     return config
 
 
+def fields(config, prefix: str = ""):
+    """(dotted name, value) of every field of a config or nested dict; advantage.options is one field."""
+    for name, value in config.items():
+        if isinstance(value, (dict, ConfigDict)) and prefix + name != "advantage.options":
+            yield from fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _are_lengths(values) -> bool:
+    return all(type(x) is int and x > 0 for x in values)
+
+
+def _are_shares(pairs) -> bool:
+    if not all(isinstance(p, (tuple, list)) and len(p) == 2 and fits(p[0], 0) and fits(p[1], 0.0) for p in pairs):
+        return False
+    steps = [step for step, _ in pairs]
+    return steps[:1] == [0] and steps == sorted(set(steps)) and all(0 <= share <= 1 for _, share in pairs)
+
+
+# What a field must be, whatever the others are, and which fields. Fields that are missing here can
+# be anything of their type, or are checked where their names are known: in the task, `make_mesh`
+# and `make_fns`.
+RULES = (
+    ("1 or more", lambda x: x >= 1, """
+        checkpoint_every model.layers model.width model.heads model.kv_heads model.head_dim model.hidden
+        sampler.prompts sampler.slots sampler.prompt_length sampler.answer_length sampler.segment
+        branching.max_children learner.bin_tokens learner.bins_per_step learner.epochs learner.vocab_chunk
+        warm_start.examples warm_start.batch warm_start.patience warm_start.eval_every
+        evaluation.every evaluation.examples evaluation.samples evaluation.batch"""),
+    ("0 or more", lambda x: x >= 0, """
+        seed steps branching.tau_abs branching.tau_rel branching.fill_after pruning.tau_ed
+        learner.clip_low learner.clip_high learner.kl
+        optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay
+        warm_start.steps warm_start.learning_rate"""),
+    ("a number above 0", lambda x: x > 0, "model.rope_theta sampler.temperature optimizer.clip_norm"),
+    ("a number above 0, at most 1", lambda x: 0 < x <= 1, "sampler.top_p"),
+    ("a number from 0 to below 1", lambda x: 0 <= x < 1, "optimizer.b1 optimizer.b2"),
+    ("float32, bfloat16 or float16", ("float32", "bfloat16", "float16").__contains__, "model.dtype model.param_dtype"),
+    ("lengths of 1 or more, such as (4, 6)", _are_lengths, "sampler.lengths pruning.windows"),
+    ("(step, share) pairs that ascend from step 0, shares from 0 to 1, such as ((0, 0.5), (100, 1.0))", _are_shares,
+     "branching.share"),
+    ("a folder", bool, "data_dir"),
+)  # fmt: skip
+
+
+def fits(value, like) -> bool:
+    """Whether a value has the type of a default; an int is a float too, and a list, as of JSON, a tuple."""
+    allowed = {float: (float, int), tuple: (tuple, list)}.get(type(like), type(like))
+    return isinstance(value, allowed) and isinstance(value, bool) == isinstance(like, bool)
+
+
+def unknown(name: str, known) -> UserError:
+    """The error for a field that is none, with its nearest neighbour."""
+    namesakes = [field for field in known if field.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = difflib.get_close_matches(name, namesakes or known, n=1, cutoff=0 if namesakes else 0.6)
+    advice = f"did you mean {near[0]}?" if near else "see treerl/config.py."
+    return UserError(f"{name} is no field of the config; {advice}")
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError at the first field that is unknown, missing, of another type or cannot work."""
+    given, known = dict(fields(config)), dict(fields(default()))
+    for name in given:
+        if name not in known:
+            raise unknown(name, known)
+    for name, like in known.items():
+        if name not in given:
+            raise UserError(f"{name} is missing from the config; set it, its default is {like!r}.")
+        if not fits(given[name], like):
+            raise UserError(f"{name}={given[name]!r} is no {type(like).__name__}; set one such as {like!r}.")
+    for must, works, names in RULES:
+        for name in names.split():
+            if not works(given[name]):
+                raise UserError(f"{name}={given[name]!r} cannot work; set it to {must}.")
+    lengths, rows = given["sampler.lengths"], given["sampler.answer_length"]
+    if any(a >= b for a, b in zip(lengths, [*lengths[1:], rows])):
+        raise UserError(
+            f"sampler.lengths={lengths!r} must ascend and stay below sampler.answer_length={rows}; mend either."
+        )
+
+
 def parse_arg(arg: str | None, **known) -> dict:
     """Parses an experiment's argument 'name,key=value,flag' against its known keys and defaults.
 
@@ -131,7 +217,7 @@ def parse_arg(arg: str | None, **known) -> dict:
     known. Values take the type of their default.
 
     Raises:
-      ValueError: for an unknown key or a value that does not parse, naming the known ones.
+      UserError: for an unknown key or a value that does not parse, naming the known ones.
     """
     result = dict(known)
     for part in filter(None, (arg or "").split(",")):
@@ -139,10 +225,10 @@ def parse_arg(arg: str | None, **known) -> dict:
         if not equals and "variant" in known and key not in known:
             key, value = "variant", part
         if key not in known:
-            raise ValueError(f"config argument {key!r} is unknown; known are {', '.join(known)}.")
+            raise UserError(f"config argument {key!r} is unknown; known are {', '.join(known)}.")
         kind = type(known[key])
         try:
             result[key] = {"true": True, "false": False, "": True}[value.lower()] if kind is bool else kind(value)
         except (KeyError, ValueError):
-            raise ValueError(f"config argument {key}={value!r} is no {kind.__name__}.") from None
+            raise UserError(f"config argument {key}={value!r} is no {kind.__name__}.") from None
     return result

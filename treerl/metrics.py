@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from treerl import tree as T
+from treerl.errors import UserError
 
 
 class MetricsFile:
@@ -93,7 +94,7 @@ def read(path) -> list[dict]:
         except ValueError:
             if number == len(lines):  # No newline behind it: cut short.
                 break
-            raise ValueError(
+            raise UserError(
                 f'{path} line {number} is no JSON object with a "step"; '
                 "remove that line or use a new workdir."
             ) from None

@@ -1,6 +1,8 @@
 """Config to Optax chain and schedule."""
 import optax
 
+from treerl.errors import UserError
+
 
 def make_optimizer(config, steps: int) -> optax.GradientTransformation:
     """Adam with clipping by global norm, warm-up and a constant or cosine schedule.
@@ -17,7 +19,7 @@ def make_optimizer(config, steps: int) -> optax.GradientTransformation:
     elif config.schedule == "constant":
         schedule = optax.linear_schedule(0.0 if warmup else config.learning_rate, config.learning_rate, warmup)
     else:
-        raise ValueError(f"optimizer.schedule={config.schedule!r} is unknown; use 'constant' or 'cosine'.")
+        raise UserError(f"optimizer.schedule={config.schedule!r} is unknown; use 'constant' or 'cosine'.")
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),

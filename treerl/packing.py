@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from treerl import tree as T
+from treerl.errors import UserError
 from treerl.types import Prompts
 
 
@@ -38,8 +39,8 @@ def bin_bound(trees: int, leaves: int, longest: int, size: int) -> int:
       ValueError: if one path may not fit into a bin.
     """
     if longest > size:
-        raise ValueError(
-            f"learner.bin_tokens={size} is less than prompt_length + answer_length = {longest}; "
+        raise UserError(
+            f"learner.bin_tokens={size} is less than sampler.prompt_length + sampler.answer_length = {longest}; "
             "raise it so that any one path fits into a bin."
         )
     return min(trees * leaves, 2 * -(-trees * leaves * longest // size) + 1)

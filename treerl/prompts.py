@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from treerl.errors import UserError
 from treerl.tasks import Task
 from treerl.types import Prompts
 
@@ -10,7 +11,7 @@ from treerl.types import Prompts
 def _pad(rows: list[list[int]], width: int, what: str, field: str) -> tuple[np.ndarray, np.ndarray]:
     length = np.array([len(row) for row in rows], np.int32)
     if length.max() > width:
-        raise ValueError(f"{what} of {length.max()} tokens is longer than {field}={width}; raise {field}.")
+        raise UserError(f"{what} of {length.max()} tokens is longer than {field}={width}; raise {field}.")
     return np.stack([np.pad(row, (0, width - len(row))) for row in rows]).astype(np.int32), length
 
 

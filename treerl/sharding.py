@@ -5,6 +5,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from treerl.errors import UserError
+
 AXES = ("data", "fsdp", "tensor")
 TREES = PartitionSpec(("data", "fsdp"))  # trees and bins: first axis over both
 
@@ -25,14 +27,18 @@ RULES = {
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh over all devices; one size may be -1, the rest."""
     sizes, count = {"data": data, "fsdp": fsdp, "tensor": tensor}, jax.device_count()
+    given = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or min(sizes.values()) < -1 or 0 in sizes.values():
-        raise ValueError(f"mesh={sizes} needs positive sizes, at most one of them -1 for the rest.")
+        raise UserError(f"{given} cannot work; set positive sizes, at most one of them -1 for the rest.")
     if free:
         sizes[free[0]] = count // known
     if math.prod(sizes.values()) != count:
-        raise ValueError(f"mesh={sizes} does not cover the {count} devices; set mesh.data=-1 or sizes that multiply to {count}.")
+        raise UserError(
+            f"{given} does not fit the number of devices, {count}; set sizes that multiply to {count}, "
+            "or one of them to -1 for the rest."
+        )
     return Mesh(np.asarray(jax.devices()).reshape([sizes[a] for a in AXES]), AXES)
 
 
@@ -60,7 +66,7 @@ def parameter_shardings(mesh: Mesh, axes, shapes, *, gathered: bool = False):
             if axis is not None and axis in spec:
                 raise ValueError(f"{where}: mesh axis {axis!r} is used twice by {names}; change sharding.RULES.")
             if axis is not None and size % mesh.shape[axis]:
-                raise ValueError(
+                raise UserError(
                     f"{where}: {name}={size} does not divide by mesh.{axis}={mesh.shape[axis]}; "
                     f"the nearest size that does is {math.ceil(size / mesh.shape[axis]) * mesh.shape[axis]}."
                 )

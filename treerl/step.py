@@ -7,6 +7,7 @@ shards. `make_fns` is the only function here that reads the config: it chooses t
 `knobs` holds the numbers, traced, so that changing one compiles nothing.
 """
 import functools
+import inspect
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ from jax.sharding import Mesh
 from treerl import branching, losses, packing, pruning, rewards, sampler, sharding
 from treerl import tree as T
 from treerl.advantages import ESTIMATORS
+from treerl.config import fits
+from treerl.errors import UserError
 from treerl.metrics import describe
 from treerl.models.policy import make_policy, packed_hidden, token_logps
 from treerl.models.transformer import Model, TransformerConfig
@@ -59,8 +62,23 @@ class Fns(NamedTuple):
 
 def _known(name: str, table: dict, field: str):
     if name not in table:
-        raise ValueError(f"{field}={name!r} is unknown; known are {', '.join(sorted(table))}.")
+        raise UserError(f"{field}={name!r} is unknown; known are {', '.join(sorted(table))}.")
     return table[name]
+
+
+def _estimator(name: str, options) -> Callable:
+    """The estimator of a name with its options, keyword arguments that take the types of their defaults."""
+    estimator = _known(name, ESTIMATORS, "advantage.name")
+    known = {k: p.default for k, p in inspect.signature(estimator).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    for option, value in options.items():
+        if option not in known:
+            names = ", ".join(sorted(known))
+            raise UserError(f"advantage.options has no {option!r} for advantage.name={name}; known are {names}.")
+        like = known[option]
+        if not fits(value, like):
+            kind = type(like).__name__
+            raise UserError(f"advantage.options.{option}={value!r} is no {kind}; set one such as {like!r}.")
+    return functools.partial(estimator, **options)
 
 
 def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
@@ -77,7 +95,7 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
     branchings = {"stochastic": lambda knobs, step: branching.stochastic(), "lookahead": lookahead}
     windows = tuple(p.windows)
     if p.rule == "similarity" and (not windows or not 1 <= min(windows) <= max(windows) <= s.answer_length):
-        raise ValueError(
+        raise UserError(
             f"pruning.windows={windows} must be lengths from 1 to sampler.answer_length={s.answer_length}; "
             "shorten them, or set pruning.rule=none."
         )
@@ -92,7 +110,10 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
     forks = b.rule != "stochastic"
     if s.prompts % sharding.tree_shards(mesh):
         shards = sharding.tree_shards(mesh)
-        raise ValueError(f"sampler.prompts={s.prompts} does not divide over mesh.data x mesh.fsdp = {shards} shards; make it a multiple.")
+        raise UserError(
+            f"sampler.prompts={s.prompts} does not divide over mesh.data x mesh.fsdp = {shards} shards; "
+            "make it a multiple."
+        )
     packing.bin_bound(s.prompts, s.slots, s.prompt_length + s.answer_length, l.bin_tokens)
     return Fns(
         sizes=Sizes(
@@ -107,9 +128,7 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
         branching=_known(b.rule, branchings, "branching.rule"),
         pruning=_known(p.rule, prunings, "pruning.rule"),
         grader=task.grade,
-        estimator=functools.partial(
-            _known(config.advantage.name, ESTIMATORS, "advantage.name"), **config.advantage.options
-        ),
+        estimator=_estimator(config.advantage.name, config.advantage.options),
         leaf_weight=_known(l.weighting, weightings, "learner.weighting"),
         needs_reference=l.kl > 0,
     )  # fmt: skip

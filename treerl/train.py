@@ -15,14 +15,19 @@ from treerl import metrics, report, rewards, sharding, tasks
 from treerl import step as S
 from treerl import tree as T
 from treerl.checkpoint import Checkpoints, abstract
+from treerl.config import check, fields
+from treerl.errors import UserError, writing
 from treerl.evaluate import pass_at_k
 from treerl.optimizer import make_optimizer
+
+REFUSED = "make room or allow it, and the same command goes on from the last checkpoint."
 
 
 class Experiment:
     """A config built: its task, its functions compiled for the mesh, its held-out examples."""
 
     def __init__(self, config: ConfigDict):
+        check(config)
         self.config = config
         self.mesh = sharding.make_mesh(**config.mesh)
         self.task = tasks.make(config.task, os.path.expanduser(config.data_dir))
@@ -47,7 +52,7 @@ class Experiment:
         batch = min(config.evaluation.batch, count)
         shards = sharding.tree_shards(self.mesh)
         if batch % shards or count % batch:
-            raise ValueError(
+            raise UserError(
                 f"evaluation.batch={batch} must divide over {shards} shards and into the {count} held-out "
                 "examples used; change evaluation.batch or evaluation.examples."
             )
@@ -99,6 +104,27 @@ class Experiment:
         return text + "\n" + report.format_tree(tree, decode, reward=reward, advantage=credit)
 
 
+def first_examples(experiment: Experiment) -> list[dict]:
+    """The training examples that the warm start may see."""
+    train = experiment.task.train
+    return [train[i] for i in range(min(experiment.config.warm_start.examples, len(train)))]
+
+
+def check_warm_start(experiment: Experiment) -> None:
+    """Raises UserError where a batch does not divide, or a prompt or answer is too long."""
+    config, shards = experiment.config, sharding.tree_shards(experiment.mesh)
+    if not config.warm_start.steps:
+        return
+    if config.warm_start.batch % shards:
+        raise UserError(
+            f"warm_start.batch={config.warm_start.batch} does not divide over mesh.data x mesh.fsdp = {shards} shards; "
+            "make it a multiple."
+        )
+    examples = first_examples(experiment)
+    P.encode(experiment.task, examples, np.arange(len(examples)), config.sampler.prompt_length)
+    P.encode_answers(experiment.task, examples, config.sampler.answer_length)
+
+
 def warm_start(experiment: Experiment, state, progress):
     """Supervised learning on a small fixed set of solutions, until held-out pass@1 stops rising.
 
@@ -118,7 +144,7 @@ def warm_start(experiment: Experiment, state, progress):
         donate_argnums=0,
     )
     state = jax.jit(functools.partial(S.restart, fns), out_shardings=shardings)(state)
-    stream = P.Stream([experiment.task.train[i] for i in range(min(config.examples, len(experiment.task.train)))], experiment.config.seed)
+    stream = P.Stream(first_examples(experiment), experiment.config.seed)
     curve, best, best_params, since, losses = [], -1.0, None, 0, []
     for number in tqdm(range(1, config.steps + 1), desc="warm start", disable=not progress):
         examples, index = stream.examples((number - 1) * config.batch, config.batch)
@@ -150,11 +176,13 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict:
       The summary: steps, train_seconds, and pass@1 and the largest pass@k before and after.
     """
     begin = time.monotonic()
-    os.makedirs(workdir, exist_ok=True)
     claim(workdir, config)
     experiment = Experiment(config)
+    check_warm_start(experiment)
+    with writing(f"workdir={workdir}", REFUSED):
+        write_config(workdir, config)
     stream = experiment.stream()
-    with Checkpoints(workdir) as checkpoints:
+    with writing(f"workdir={workdir}", REFUSED), Checkpoints(workdir) as checkpoints:
         restored = checkpoints.restore_latest(experiment.state_shape())
         if restored:
             _, state, extra = restored
@@ -165,8 +193,10 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict:
             checkpoints.save(0, state, extra=extra, metric=before["pass@1"])
         start = int(state.step)
         spent = extra["seconds"]  # by earlier processes of this run
-        with metrics.MetricsFile(os.path.join(workdir, "metrics.jsonl"), start) as metrics_file:
-            bar = tqdm(total=config.steps, initial=start, desc="train", disable=not progress)
+        with (
+            metrics.MetricsFile(os.path.join(workdir, "metrics.jsonl"), start) as metrics_file,
+            tqdm(total=config.steps, initial=start, desc="train", disable=not progress) as bar,
+        ):
             position = int(state.position)
             for number in range(start + 1, config.steps + 1):
                 tick = time.monotonic()
@@ -185,48 +215,58 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict:
                     extra = dict(extra, seconds=spent + time.monotonic() - begin)
                     checkpoints.save(number, state, extra=extra, metric=scores and scores["pass@1"])
                 bar.update()
-            bar.close()
     seconds = spent + time.monotonic() - begin
     after = extra.get("after", extra["before"])
     top = f"pass@{config.evaluation.samples}"
     summary = dict(steps=config.steps, train_seconds=round(seconds, 1))
     for name in ("pass@1", top):
         summary |= {f"{name}_before": extra["before"][name], f"{name}_after": after[name]}
-    write_report(experiment, state, workdir, extra["warm_start"], extra["before"], after)
+    with writing(f"workdir={workdir}", REFUSED):
+        write_report(experiment, state, workdir, extra["warm_start"], extra["before"], after)
     return summary
 
 
 def claim(workdir: str, config: ConfigDict) -> None:
-    """Writes config.json into a new workdir, or checks that the one there is the same.
+    """Checks that a workdir is new, or has a config.json with the same fields; writes nothing.
 
     Devices and folders of data may differ, and so may `steps` without a schedule over them.
 
     Raises:
-      ValueError: the workdir belongs to another experiment; names the first field that differs.
+      UserError: the workdir belongs to another experiment; names the first field that differs.
     """
-    path, text = os.path.join(workdir, "config.json"), config.to_json_best_effort(indent=2)
-    if os.path.exists(path):
+    if not os.path.exists(os.path.join(workdir, "config.json")):
+        return
+    old, new = dict(fields(read_config(workdir))), dict(fields(json.loads(config.to_json_best_effort())))
+    free = ("mesh.", "data_dir") + (("steps",) if config.optimizer.schedule == "constant" else ())
+    for name in sorted(old | new):
+        if not name.startswith(free) and old.get(name) != new.get(name):
+            raise UserError(
+                f"workdir={workdir} belongs to a run with {name}={old.get(name)!r}, not {new.get(name)!r}; "
+                "give another --workdir, or the same config."
+            )
+
+
+def read_config(workdir: str) -> dict:
+    """The config.json of a workdir."""
+    path = os.path.join(workdir, "config.json")
+    try:
         with open(path, encoding="utf-8") as file:
-            old, new = dict(_fields(json.load(file))), dict(_fields(json.loads(text)))
-        free = ("mesh.", "data_dir") + (("steps",) if config.optimizer.schedule == "constant" else ())
-        for name in sorted(old | new):
-            if not name.startswith(free) and old.get(name) != new.get(name):
-                raise ValueError(
-                    f"workdir={workdir} belongs to a run with {name}={old.get(name)!r}, not {new.get(name)!r}; "
-                    "give another --workdir, or the same config."
-                )
+            return json.load(file)
+    except OSError as error:
+        raise UserError(
+            f"workdir={workdir} has no config.json; give the workdir of a run made by launch.train."
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged; give another --workdir, or put the run's own config there.") from error
+
+
+def write_config(workdir: str, config: ConfigDict) -> None:
+    """Writes config.json into a workdir, made if missing; all of it or nothing."""
+    os.makedirs(workdir, exist_ok=True)
+    path = os.path.join(workdir, "config.json")
     with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(config.to_json_best_effort(indent=2))
     os.replace(path + ".tmp", path)
-
-
-def _fields(config: dict, prefix: str = ""):
-    """(dotted name, value) of every field of a nested dict."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _fields(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def curve_best(curve: list[dict]) -> dict | None:
@@ -257,15 +297,11 @@ def load(workdir: str, *, best: bool = False) -> tuple[Experiment, object, int]:
     Returns:
       (experiment, state, step).
     """
-    path = os.path.join(workdir, "config.json")
-    if not os.path.exists(path):
-        raise ValueError(f"workdir={workdir} has no config.json; give the workdir of a run made by launch.train.")
-    with open(path, encoding="utf-8") as file:
-        experiment = Experiment(ConfigDict(json.load(file)))
+    experiment = Experiment(ConfigDict(read_config(workdir)))
     checkpoints = Checkpoints(workdir, read_only=True)
     restore = checkpoints.restore_best if best else checkpoints.restore_latest
     restored = restore(experiment.state_shape())
     if restored is None:
-        raise ValueError(f"workdir={workdir} has no checkpoint yet; wait for the first or train longer.")
+        raise UserError(f"workdir={workdir} has no checkpoint yet; wait for the first or train longer.")
     step, state, _ = restored
     return experiment, state, step

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from treerl.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
@@ -33,12 +35,12 @@ class TransformerConfig:
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}; "
                 "make it one."
             )
         if self.head_dim % 2:
-            raise ValueError(f"model.head_dim={self.head_dim} is odd; rotary positions need it even.")
+            raise UserError(f"model.head_dim={self.head_dim} is odd; rotary positions need it even.")
 
     def products(self):
         """A context for matrix products: float32 means float32, not TF32 or passes of bfloat16."""

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from treerl.errors import UserError
 from treerl.tokenizers import CharTokenizer
 
 NAMES = ("countdown",)
@@ -46,4 +47,4 @@ def make(config: ConfigDict, data_dir: str) -> Task:
         from treerl.tasks import countdown
 
         return countdown.make(config, data_dir)
-    raise ValueError(f"name {config.name!r} is no known task: choose one of {', '.join(NAMES)}.")
+    raise UserError(f"task.name={config.name!r} is unknown; known are {', '.join(NAMES)}.")

@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 from jax import lax
 from ml_collections import ConfigDict
 
+from treerl.errors import UserError, writing
 from treerl.tasks import Encoded, Task
 from treerl.tokenizers import CharTokenizer
 
@@ -38,8 +39,8 @@ def make(config: ConfigDict, data_dir: str) -> Task:
       data_dir: a folder that may be written.
 
     Raises:
-      ValueError: a field cannot work, or there are too few distinct puzzles.
-      OSError: data_dir cannot be written.
+      UserError: a field cannot work, there are too few distinct puzzles, or data_dir cannot be
+        written.
     """
     check(config)
     builder = _prepared(Difficulty.of(config), data_dir)
@@ -53,36 +54,34 @@ def make(config: ConfigDict, data_dir: str) -> Task:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ValueError, naming the field and the fix, where the config cannot work."""
-    for field in ("largest", "target_max", "orders", "train_size", "heldout_size"):
-        if config[field] < 1:
-            raise ValueError(f"{field} is {config[field]}: set it to 1 or more.")
+    """Raises UserError, naming the field and the fix, where the config cannot work."""
     low, high, largest = config.numbers_min, config.numbers_max, config.largest
-    if low < 2:
-        raise ValueError(f"numbers_min is {low}: set it to 2 or more.")
-    if high < low:
-        raise ValueError(
-            f"numbers_max is {high}, below numbers_min {low}: set it to {low} or more."
-        )
+    least = dict(largest=1, target_max=1, orders=1, train_size=1, heldout_size=1, numbers_min=2, numbers_max=low)
+    for field, bound in least.items():
+        if config[field] < bound:
+            raise UserError(f"task.{field}={config[field]} cannot work; set it to {bound} or more.")
     if not config.operators or not set(config.operators) <= set(OPERATORS):
-        raise ValueError(
-            f"operators is {config.operators!r}: set it to one or more of {OPERATORS!r}."
-        )
+        raise UserError(f"task.operators={config.operators!r} cannot work; set it to one or more of {OPERATORS!r}.")
     bound = 2 ** (high - 1) * largest**high
     if bound >= 2**31:  # see `grade`
-        raise ValueError(
-            f"largest {largest} with numbers_max {high} makes values up to {bound}, beyond the "
-            f"grader's int32: lower largest or numbers_max until "
-            f"2**(numbers_max-1) * largest**numbers_max < 2**31."
+        raise UserError(
+            f"task.largest={largest} with task.numbers_max={high} makes values up to {bound}, beyond the "
+            "grader's int32; lower either until 2**(numbers_max-1) * largest**numbers_max < 2**31."
         )
 
 
 def encode(example: dict, numbers_max: int) -> Encoded:
     """Prompt, reference answer and the grader's data of one example.
 
-    data: numbers int32 [numbers_max], padded with 0; target int32 [].
+    data: numbers int32 [numbers_max], padded with 0; target int32 []. Raises UserError where the
+    example has no numbers, or more than numbers_max.
     """
     given = np.asarray(example["numbers"], np.int32)
+    if not 1 <= len(given) <= numbers_max:
+        raise UserError(
+            f"a Countdown example has {len(given)} numbers, not 1 to task.numbers_max={numbers_max}; "
+            "mend the example or task.numbers_max."
+        )
     numbers = np.zeros(numbers_max, np.int32)
     numbers[: len(given)] = given
     solution = example["solution"]
@@ -344,7 +343,7 @@ def puzzles(difficulty: Difficulty) -> tuple[list[Puzzle], list[Puzzle]]:
     Heldout has each of its puzzles once; train has `orders` examples of each, the numbers shown
     in another order, first every puzzle in one order, then every puzzle in the next.
 
-    Raises ValueError where too few are found in 100 attempts a puzzle (and 10,000 more).
+    Raises UserError where too few are found in 100 attempts a puzzle (and 10,000 more).
     """
     rng = random.Random(difficulty.seed)
     size = difficulty.train_size + difficulty.heldout_size
@@ -356,10 +355,10 @@ def puzzles(difficulty: Difficulty) -> tuple[list[Puzzle], list[Puzzle]]:
         if len(found) == size:
             break
     else:
-        raise ValueError(
-            f"train_size {difficulty.train_size} + heldout_size {difficulty.heldout_size} asks "
-            f"for {size} distinct puzzles and {len(found)} were found: lower the sizes or raise "
-            f"numbers_max, largest, target_max or the choice of operators."
+        raise UserError(
+            f"task.train_size={difficulty.train_size} + task.heldout_size={difficulty.heldout_size} asks for "
+            f"{size} distinct puzzles and {len(found)} were found; lower the sizes or raise "
+            "task.numbers_max, task.largest, task.target_max or the choice of task.operators."
         )
     # Common puzzles are found first: without a shuffle the splits would differ in kind.
     chosen = list(found.values())
@@ -387,7 +386,7 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
-        train, heldout = puzzles(self.builder_config)
+        train, heldout = self.puzzles
         return {
             "train": self._generate_examples(train),
             "heldout": self._generate_examples(heldout),
@@ -399,14 +398,16 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
 
 
 def _prepared(difficulty: Difficulty, data_dir: str) -> Countdown:
-    """The builder of the difficulty, its examples written. Raises OSError where it cannot."""
+    """The builder of the difficulty, its examples written."""
 
     def build():
         # Only array_record is read without TensorFlow and with random access.
         return Countdown(config=difficulty, data_dir=data_dir, file_format="array_record")
 
-    try:
-        builder = build()
+    builder = build()
+    if not os.path.exists(builder.data_path):
+        builder.puzzles = puzzles(difficulty)  # before any folder is made: there may be too few
+    with writing(f"data_dir={os.fspath(data_dir)}", "set data_dir to a folder that can, with room for the examples."):
         try:
             with contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout is the summary's
                 builder.download_and_prepare()
@@ -415,9 +416,4 @@ def _prepared(difficulty: Difficulty, data_dir: str) -> Countdown:
             builder = build()
             if not os.path.exists(builder.data_path):
                 raise
-        return builder
-    except OSError as error:
-        raise OSError(
-            f"data_dir {os.fspath(data_dir)!r} cannot be written "
-            f"({error.strerror or error}): choose a folder that can."
-        ) from error
+    return builder

@@ -1,0 +1,56 @@
+"""Command lines: parsed as absl does, but every mistake in one is a UserError."""
+import os
+import re
+
+from absl import flags
+
+from treerl.config import default, fields, unknown
+from treerl.errors import UserError
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags of a command line; returns what is left, the program's name."""
+    for argument, following in zip(argv[1:], [*argv[2:], ""]):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-") or "config" not in flags.FLAGS:
+            continue
+        if name == "config":
+            file = (value if equals else following).partition(":")[0]
+            if not os.path.isfile(file):
+                raise UserError(f"--config={file} is no file; give an experiment, such as experiments/countdown.py.")
+        elif field := re.match(r"(?:no)?config\.(.+)", name):
+            _check_field(field[1])
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise _mistake(error) from error
+    if rest[1:]:
+        raise UserError(f"argument {rest[1]!r} is no flag; write flags as --name=value.")
+    return rest
+
+
+def _check_field(name: str) -> None:
+    """Raises UserError for the name of no field and no section."""
+    known = dict(fields(default()))
+    if name.startswith("advantage.options."):
+        option = name.rpartition(".")[2]
+        whole = f"--config.advantage.options=\"{{'{option}': VALUE}}\""
+        raise UserError(f"--config.{name} cannot be set alone; write {whole}.")
+    if name not in known and not any(field.startswith(name + ".") for field in known):
+        raise unknown(name, known)
+
+
+def _mistake(error: flags.Error) -> Exception:
+    """The sentence for a command line that absl refused; the error itself for a bug in an experiment."""
+    text, cause, mine = str(error), error, None
+    while cause := cause.__context__:  # ml_collections wraps what get_config raises in its traceback
+        mine = cause if isinstance(cause, UserError) else mine
+    if mine or "Error whilst parsing config file" in text:
+        return mine or error
+    if missing := re.match(r"flag --(\w+)=None: ", text):
+        return UserError(f"--{missing[1]} is missing; add --{missing[1]}=VALUE, see --help.")
+    if field := re.match(r"flag --config\.([\w.]+)=(.*?): ", text):
+        like = dict(fields(default())).get(field[1])
+        if like is not None:
+            return UserError(f"{field[1]}={field[2]} is no {type(like).__name__}; set one such as {like!r}.")
+    return UserError(" ".join(text.split()))

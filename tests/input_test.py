@@ -1,0 +1,490 @@
+"""Bad input ends with one sentence that names the field and the fix, and leaves nothing behind."""
+import functools
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from treerl import config as C
+from treerl import metrics, sharding, train
+from treerl.checkpoint import Checkpoints
+from treerl.config import default
+from treerl.errors import UserError, writing
+
+# of what Orbax leaves half done
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STEPS = 8
+SIZES = {
+    "steps": STEPS,
+    "checkpoint_every": 2,
+    "task.train_size": 32,
+    "task.heldout_size": 8,
+    "model.layers": 1,
+    "model.width": 32,
+    "warm_start.steps": 0,
+    "evaluation.every": 100,
+    "evaluation.batch": 8,
+    "evaluation.samples": 2,
+}
+
+
+def files(folder: pathlib.Path) -> dict:
+    """Path -> content of everything below a folder."""
+    return {p.relative_to(folder): p.is_file() and p.read_bytes() for p in folder.rglob("*")}
+
+
+def sentence(function, *args) -> str:
+    """The message of the UserError that a call raises."""
+    with pytest.raises(UserError) as error:
+        function(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+ENVIRONMENT = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), XLA_FLAGS="")  # one device
+
+
+def launch(entry: str, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"launch.{entry}", *flags]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("arg, flags, message", [
+    ("", ["--config.sampler.slotz=3"], "sampler.slotz is no field of the config; did you mean sampler.slots?"),
+    ("", ["--config.samplr.slots=3"], "samplr.slots is no field of the config; did you mean sampler.slots?"),
+    ("", ["--config.nonsense=3"], "nonsense is no field of the config; see treerl/config.py."),
+    ("", ["--noconfig.remat"], "remat is no field of the config; did you mean learner.remat?"),
+    ("", ["--config.sampler.slots=abc"], "sampler.slots=abc is no int; set one such as 8."),
+    ("", ["--config.sampler.slots", "2.5"], "sampler.slots=2.5 is no int; set one such as 8."),
+    ("", ["--config.learner.remat=maybe"], "learner.remat=maybe is no bool; set one such as False."),
+    ("", ["--config.pruning.windows=(4,6"], "pruning.windows=(4,6 is no tuple; set one such as (4, 6)."),
+    ("", ["--config.advantage.options.clip=3"],
+     "--config.advantage.options.clip cannot be set alone; write --config.advantage.options=\"{'clip': VALUE}\"."),
+    (":slots=3", [], "config argument 'slots' is unknown; known are seed, variant."),
+    (":seed=x", ["--config.steps=3"], "config argument seed='x' is no int."),
+    (":variant=ppo", [], "variant='ppo' is unknown; known are latr_depthwise, latr, grpo."),
+    ("", ["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
+    ("", ["steps=3"], "argument 'steps=3' is no flag; write flags as --name=value."),
+])  # fmt: skip
+def test_command_line_of_train(arg, flags, message, tmp_path):
+    run = launch("train", f"--config=experiments/countdown.py{arg}", f"--workdir={tmp_path / 'run'}", *flags)
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", message + "\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("entry, flags, message", [
+    ("train", ["--config=experiments/count.py:seed=1", "--workdir=x"],
+     "--config=experiments/count.py is no file; give an experiment, such as experiments/countdown.py."),
+    ("train", ["--config=experiments/countdown.py"], "--workdir is missing; add --workdir=VALUE, see --help."),
+    ("train", ["--workdir=x"], "--config is missing; add --config=VALUE, see --help."),
+    ("evaluate", [], "--workdir is missing; add --workdir=VALUE, see --help."),
+    ("evaluate", ["--workdir=x", "--config.steps=3"], "Unknown command line flag 'config.steps'"),
+    ("bench", [], "--suite is missing; add --suite=VALUE, see --help."),
+    ("bench", ["--suite=step", "--out=/nowhere/out"],
+     "--out=/nowhere/out cannot be written (No such file or directory); give a file that can, with room for "
+     "the lines."),
+])  # fmt: skip
+def test_command_lines(entry, flags, message):
+    run = launch(entry, *flags)
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", message + "\n")
+
+
+def test_bugs_and_the_curious_get_a_traceback(tmp_path):
+    experiment = tmp_path / "experiment.py"
+    experiment.write_text("def get_config():\n    return int('a bug')\n")
+    bug = launch("train", f"--config={experiment}", f"--workdir={tmp_path / 'run'}")
+    curious = launch("evaluate", "--workdir=/nowhere/run", "--verbosity=1")
+    for run, words in ((bug, "return int('a bug')"), (curious, "UserError: workdir=/nowhere/run has no config.json")):
+        assert run.returncode == 1 and words in run.stderr
+        assert "Traceback (most recent call last):\n  File " in run.stderr
+    assert bug.stderr.startswith("Traceback")
+
+
+# --- the fields -----------------------------------------------------------------------------------
+
+
+def changed(**values):
+    config = default()
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in values.items()})
+    return config
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(sampler__slots=0), "sampler.slots=0 cannot work; set it to 1 or more."),
+    (dict(steps=-1), "steps=-1 cannot work; set it to 0 or more."),
+    (dict(seed=-1), "seed=-1 cannot work; set it to 0 or more."),
+    (dict(sampler__temperature=0.0), "sampler.temperature=0.0 cannot work; set it to a number above 0."),
+    (dict(sampler__temperature=-1.0), "sampler.temperature=-1.0 cannot work; set it to a number above 0."),
+    (dict(sampler__temperature=float("nan")), "sampler.temperature=nan cannot work; set it to a number above 0."),
+    (dict(sampler__top_p=0.0), "sampler.top_p=0.0 cannot work; set it to a number above 0, at most 1."),
+    (dict(sampler__top_p=1.5), "sampler.top_p=1.5 cannot work; set it to a number above 0, at most 1."),
+    (dict(optimizer__b2=1.0), "optimizer.b2=1.0 cannot work; set it to a number from 0 to below 1."),
+    (dict(model__dtype="float8"), "model.dtype='float8' cannot work; set it to float32, bfloat16 or float16."),
+    (dict(data_dir=""), "data_dir='' cannot work; set it to a folder."),
+    (dict(sampler__slots=True), "sampler.slots=True is no int; set one such as 8."),
+    (dict(pruning__windows=(4, "a")),
+     "pruning.windows=(4, 'a') cannot work; set it to lengths of 1 or more, such as (4, 6)."),
+    (dict(sampler__lengths=(8, 4)),
+     "sampler.lengths=(8, 4) must ascend and stay below sampler.answer_length=16; mend either."),
+    (dict(sampler__lengths=(16,)),
+     "sampler.lengths=(16,) must ascend and stay below sampler.answer_length=16; mend either."),
+    *[(dict(branching__share=share),
+       f"branching.share={share} cannot work; set it to (step, share) pairs that ascend from step 0, "
+       "shares from 0 to 1, such as ((0, 0.5), (100, 1.0)).")
+      for share in (
+          (3,), (), ((1, 0.5),), ((0, 1.5),), ((0, -0.1),), ((0, 1.0), (0, 0.5)), ((0, "a"),), ((0.5, 1.0),))],
+])  # fmt: skip
+def test_values_that_cannot_work(changes, message):
+    assert sentence(C.check, changed(**changes)) == message
+
+
+def test_unknown_and_missing_fields():
+    """Of an experiment in Python, or of the config.json of another version."""
+    config = default()
+    config.sampler.slotz = 3
+    assert sentence(C.check, config) == "sampler.slotz is no field of the config; did you mean sampler.slots?"
+    config = default()
+    del config.sampler.slots
+    assert sentence(C.check, config) == "sampler.slots is missing from the config; set it, its default is 8."
+
+
+def test_every_field_was_thought_of():
+    """A field has a rule, can be anything of its type, or is checked where its names are known."""
+    ruled = [name for _, _, names in C.RULES for name in names.split()]
+    anything = {"branching.greedy", "learner.remat", "model.qk_norm", "model.qkv_bias", "model.tied"}
+    elsewhere = {  # see `test_runs_that_can_never_start` and countdown_test
+        "advantage.name", "advantage.options", "branching.rule", "learner.weighting", "optimizer.schedule",
+        "pruning.rule", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    }  # fmt: skip
+    known = {name for name, _ in C.fields(default()) if not name.startswith("task.")}
+    assert len(ruled) == len(set(ruled))
+    assert set(ruled) | anything | elsewhere == known
+    C.check(default())
+    for name in ruled:
+        for bad in (-1, -1.0, float("nan"), "", (0,)):
+            if type(bad) is type(dict(C.fields(default()))[name]):
+                assert sentence(C.check, changed(**{name: bad})).startswith(f"{name}={bad!r} cannot work; set it to ")
+
+
+# --- what is found before anything is written -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+def small(data, **changes):
+    return changed(**dict(SIZES, data_dir=str(data)) | changes)
+
+
+@pytest.mark.parametrize("changes, shards, message", [
+    (dict(sampler__slots=0), 1, "sampler.slots=0 cannot work; set it to 1 or more."),
+    (dict(task__name="chess"), 1, "task.name='chess' is unknown; known are countdown."),
+    (dict(task__numbers_min=0), 1, "task.numbers_min=0 cannot work; set it to 2 or more."),
+    (dict(advantage__name="ppo"), 1, "advantage.name='ppo' is unknown; known are branch_depthwise, grpo."),
+    (dict(advantage__options=C.ConfigDict(dict(clp=3.0))), 1,
+     "advantage.options has no 'clp' for advantage.name=branch_depthwise; known are clip, eps, std, virtual."),
+    (dict(advantage__options=C.ConfigDict(dict(clip="x"))), 1,
+     "advantage.options.clip='x' is no float; set one such as 5.0."),
+    (dict(branching__rule="magic"), 1, "branching.rule='magic' is unknown; known are lookahead, stochastic."),
+    (dict(pruning__rule="magic"), 1, "pruning.rule='magic' is unknown; known are none, similarity."),
+    (dict(pruning__windows=(4, 60)), 1,
+     "pruning.windows=(4, 60) must be lengths from 1 to sampler.answer_length=16; "
+     "shorten them, or set pruning.rule=none."),
+    (dict(learner__weighting="magic"), 1, "learner.weighting='magic' is unknown; known are sequence, token."),
+    (dict(optimizer__schedule="magic"), 1, "optimizer.schedule='magic' is unknown; use 'constant' or 'cosine'."),
+    (dict(learner__bin_tokens=20), 1,
+     "learner.bin_tokens=20 is less than sampler.prompt_length + sampler.answer_length = 28; "
+     "raise it so that any one path fits into a bin."),
+    (dict(model__heads=3), 1, "model.heads=3 is not a multiple of model.kv_heads=2; make it one."),
+    (dict(model__head_dim=7), 1, "model.head_dim=7 is odd; rotary positions need it even."),
+    (dict(mesh__tensor=64), 1,
+     f"mesh.data=-1, mesh.fsdp=1, mesh.tensor=64 does not fit the number of devices, {jax.device_count()}; "
+     f"set sizes that multiply to {jax.device_count()}, or one of them to -1 for the rest."),
+    (dict(mesh__data=0), 1,
+     "mesh.data=0, mesh.fsdp=1, mesh.tensor=1 cannot work; set positive sizes, at most one of them -1 for the rest."),
+    (dict(sampler__prompts=30), 8,
+     "sampler.prompts=30 does not divide over mesh.data x mesh.fsdp = 8 shards; make it a multiple."),
+    (dict(evaluation__batch=6), 8,
+     "evaluation.batch=6 must divide over 8 shards and into the 8 held-out examples used; "
+     "change evaluation.batch or evaluation.examples."),
+    (dict(warm_start__batch=30, warm_start__steps=1), 8,
+     "warm_start.batch=30 does not divide over mesh.data x mesh.fsdp = 8 shards; make it a multiple."),
+    (dict(sampler__prompt_length=9), 1,
+     "a prompt of 11 tokens is longer than sampler.prompt_length=9; raise sampler.prompt_length."),
+    (dict(sampler__answer_length=6, warm_start__steps=1), 1,
+     "a reference answer of 8 tokens is longer than sampler.answer_length=6; raise sampler.answer_length."),
+])  # fmt: skip
+def test_runs_that_can_never_start(changes, shards, message, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "tree_shards", lambda mesh: shards)
+    assert sentence(train.train, small(data, **changes), str(tmp_path / "run"), False) == message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_data_folder_that_is_a_file(tmp_path):
+    (tmp_path / "data").write_text("mine")
+    assert sentence(train.train, small(tmp_path / "data"), str(tmp_path / "run")) == (
+        f"data_dir={tmp_path / 'data'} cannot be written (Not a directory); "
+        "set data_dir to a folder that can, with room for the examples."
+    )
+    assert files(tmp_path) == {pathlib.Path("data"): b"mine"}
+
+
+# --- a run whose steps and reports cost nothing: its loop, its files and Orbax are real -----------
+
+
+class Quick(train.Experiment):
+    before_step = staticmethod(lambda number: None)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.train_step = self.count
+
+    def count(self, state, prompts, knobs):
+        self.before_step(int(state.step) + 1)
+        return state.replace(step=state.step + 1, position=state.position + prompts.token.shape[0]), {"reward": 0.5}
+
+    def evaluate(self, params, seed=0):
+        return {"pass@1": 0.5, "pass@2": 0.5}
+
+
+@pytest.fixture
+def quick(monkeypatch, data, tmp_path):
+    """quick(**changes) trains in tmp_path/run."""
+    monkeypatch.setattr(train, "Experiment", Quick)
+    monkeypatch.setattr(train, "write_report", lambda *_: None)
+    return lambda **changes: train.train(small(data, **changes), str(tmp_path / "run"), progress=False)
+
+
+@pytest.fixture
+def disk():
+    """disk("full"): no file may grow beyond 4 KiB, as close as an unprivileged process comes to it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def turn(how):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]) if how == "full" else before)
+
+    yield turn
+    turn("empty")
+
+
+def refused(workdir, words: str) -> str:
+    return (
+        f"workdir={workdir} cannot be written ({words}); make room or allow it, "
+        "and the same command goes on from the last checkpoint."
+    )
+
+
+@pytest.mark.parametrize("last_good", [4, 6])  # noticed by the next save; by the final close
+def test_a_disk_that_fills_up_during_a_checkpoint(last_good, quick, disk, tmp_path, monkeypatch):
+    """Through Orbax's own background writes; with room again the same command ends the run."""
+    workdir = tmp_path / "run"
+
+    def fill(number):
+        if number == last_good + 1:
+            while not (workdir / "checkpoints/latest" / str(last_good)).exists():
+                time.sleep(0.01)
+            disk("full")
+
+    monkeypatch.setattr(Quick, "before_step", staticmethod(fill))
+    assert sentence(quick) == refused(workdir, "File too large")
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        assert checkpoints.latest_step == last_good
+    disk("empty")
+    started = []
+    monkeypatch.setattr(Quick, "before_step", staticmethod(started.append))
+    assert quick()["steps"] == STEPS
+    assert started == list(range(last_good + 1, STEPS + 1))
+    assert [line["step"] for line in metrics.read(workdir / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert sorted(p.name for p in (workdir / "checkpoints/latest").iterdir()) == [str(STEPS)]
+
+
+FULL = """
+import resource, sys
+sys.path.insert(0, "tests")
+import input_test
+from launch import entry, train as launched
+from treerl import train
+train.Experiment, train.write_report = input_test.Quick, lambda *_: None
+limit = lambda number: number == 7 and resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+input_test.Quick.before_step = staticmethod(limit)
+entry.run(launched.main)
+"""
+
+
+def test_a_full_disk_from_the_command_line(data, tmp_path):
+    """Orbax logs tracebacks from its threads: the sentence is all that is left of them."""
+    flags = [f"--config.{name}={value}" for name, value in dict(SIZES, data_dir=data).items()]
+    command = [sys.executable, "-c", FULL, "--config=experiments/countdown.py", f"--workdir={tmp_path / 'run'}", *flags]
+    run = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.splitlines()[-1] == refused(tmp_path / "run", "File too large")
+    assert "Traceback" not in run.stderr and "Error" not in run.stderr
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_a_disk_that_is_full_for_other_files(name, quick, tmp_path):
+    """/dev/full answers every write as a full disk does."""
+    workdir, patch = tmp_path / "run", pytest.MonkeyPatch()
+    if name == "config.json":
+        workdir.mkdir()
+        (workdir / "config.json.tmp").symlink_to("/dev/full")
+    else:
+
+        def begin(self, path, resume_step):
+            self._file = open("/dev/full", "a")
+
+        patch.setattr(metrics.MetricsFile, "__init__", begin)
+    try:
+        assert sentence(quick) == refused(workdir, "No space left on device")
+    finally:
+        patch.undo()
+    assert not (workdir / "metrics.jsonl").exists()
+    (workdir / "config.json.tmp").unlink(missing_ok=True)
+    assert quick()["steps"] == STEPS
+
+
+def test_a_workdir_that_cannot_be_made(quick, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    assert sentence(quick) == refused(tmp_path / "run", "File exists")
+    assert files(tmp_path) == {pathlib.Path("run"): b"mine"}
+
+
+def test_only_what_the_system_refuses_is_a_sentence():
+    memory = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    for error in (ValueError("a bug"), KeyError("a bug"), memory):
+        with pytest.raises(type(error)) as raised, writing("this", "mend it."):
+            raise error
+        assert raised.value is error
+    with pytest.raises(UserError, match="this cannot be written .Disk quota exceeded.; mend it."):
+        with writing("this", "mend it."):
+            raise ValueError("RESOURCE_EXHAUSTED: Failed to write 8 bytes: Disk quota exceeded [os_error_code='122']")
+
+
+# --- a workdir that holds something else, or is damaged -------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """The workdir of a run of four steps, its best checkpoint at step 0."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Experiment", Quick)
+        patch.setattr(train, "write_report", lambda *_: None)
+        train.train(small(data, steps=4), str(workdir), progress=False)
+    return workdir
+
+
+def test_a_workdir_of_another_experiment(quick, finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    before = files(workdir)
+    for changes, words in (
+        (dict(steps=4, branching__tau_abs=0.5), "branching.tau_abs=0.05, not 0.5"),
+        (dict(steps=4, advantage__options=C.ConfigDict(dict(clip=3.0))), "advantage.options={}, not {'clip': 3.0}"),
+    ):
+        assert sentence(functools.partial(quick, **changes)) == (
+            f"workdir={workdir} belongs to a run with {words}; give another --workdir, or the same config."
+        )
+    assert files(workdir) == before
+
+
+def test_a_damaged_config(quick, finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "config.json").write_bytes((finished / "config.json").read_bytes()[:100])
+    before = files(workdir)
+    message = f"{workdir}/config.json is damaged; give another --workdir, or put the run's own config there."
+    assert sentence(quick) == sentence(train.load, str(workdir)) == message
+    assert files(workdir) == before
+
+
+def test_a_damaged_metrics_file(quick, finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    with open(workdir / "metrics.jsonl", "r+") as file:
+        file.write("{]")
+    assert sentence(functools.partial(quick, steps=4)) == (
+        f'{workdir}/metrics.jsonl line 1 is no JSON object with a "step"; remove that line or use a new workdir.'
+    )
+
+
+def test_a_workdir_of_no_run():
+    assert sentence(train.load, "/nowhere/run") == (
+        "workdir=/nowhere/run has no config.json; give the workdir of a run made by launch.train."
+    )
+
+
+def test_a_workdir_without_a_checkpoint(finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run", ignore=lambda *_: ["checkpoints"])
+    assert sentence(train.load, str(workdir)) == (
+        f"workdir={workdir} has no checkpoint yet; wait for the first or train longer."
+    )
+
+
+def largest(folder: pathlib.Path) -> pathlib.Path:
+    """The file with the arrays."""
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+DAMAGES = {
+    "arrays cut": lambda step: os.truncate(largest(step), 1000),
+    "arrays gone": lambda step: largest(step).unlink(),
+    "manifest gone": lambda step: (step / "state/manifest.ocdbt").unlink(),
+    "metadata cut": lambda step: os.truncate(step / "state/_METADATA", 100),
+    "record cut": lambda step: os.truncate(step / "record/metadata", 10),
+    "record gone": lambda step: shutil.rmtree(step / "record"),
+    "state gone": lambda step: shutil.rmtree(step / "state"),
+    "all gone": lambda step: [shutil.rmtree(step), step.mkdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint(damage, quick, finished, tmp_path):
+    """Both ways out that the message names work."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    latest, best = workdir / "checkpoints/latest", workdir / "checkpoints/best"
+    DAMAGES[damage](latest / "4")
+    before = files(workdir)
+    message = (
+        f"checkpoint {latest}/4 is damaged; delete it to start anew, "
+        f"and copy {best}/0 into {latest} too to go on from there."
+    )
+    assert sentence(functools.partial(quick, steps=4)) == message
+    assert sentence(train.load, str(workdir)) == message
+    assert files(workdir) == before
+    shutil.rmtree(latest / "4")
+    if damage == "arrays cut":
+        shutil.copytree(best / "0", latest / "0")
+        assert train.load(str(workdir))[2] == 0
+    if damage in ("arrays cut", "all gone"):
+        assert quick(steps=4)["steps"] == 4
+
+
+@pytest.mark.parametrize("damage", ["metrics/metrics", "state/_METADATA"])
+def test_a_damaged_best_checkpoint(damage, finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    os.truncate(workdir / "checkpoints/best/0" / damage, 5)
+    folder = {"metrics/metrics": "best", "state/_METADATA": "best/0"}[damage]
+    assert sentence(functools.partial(train.load, str(workdir), best=True)) == (
+        f"checkpoint {workdir}/checkpoints/{folder} is damaged; delete it to go on without a best checkpoint."
+    )
+
+
+def test_a_damaged_checkpoint_from_the_command_line(finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    largest(workdir / "checkpoints/latest").unlink()
+    run = launch("evaluate", f"--workdir={workdir}")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == (
+        f"checkpoint {workdir}/checkpoints/latest/4 is damaged; delete it to start anew, and copy "
+        f"{workdir}/checkpoints/best/0 into {workdir}/checkpoints/latest too to go on from there.\n"
+    )
