@@ -83,6 +83,7 @@ class Checkpoints:
         arrays = _flatten(state)
         record = {
             "extra": _as_json(extra),
+            "metric": None if metric is None else float(metric),
             "leaves": {path: _describe(x) for path, x in arrays.items()},
         }
         # Orbax refuses arrays without elements; the record is enough to make them anew.
@@ -102,7 +103,7 @@ class Checkpoints:
             self._best_metric = metric
 
     def restore_latest(self, abstract_state):
-        """Restores the newest checkpoint.
+        """Restores the newest checkpoint; saves it as the best too, if a kill cut that short.
 
         Args:
           abstract_state: pytree of jax.ShapeDtypeStruct with the shardings to restore
@@ -114,11 +115,16 @@ class Checkpoints:
         Raises:
           ValueError: the checkpoint does not fit; names the first path that differs.
         """
-        return _restore(self._latest, self._latest.latest_step(), abstract_state)
+        restored = _restore(self._latest, self._latest.latest_step(), abstract_state)
+        if restored and not self._read_only:
+            step, state, record = restored
+            self.save(step, state, extra=record["extra"], metric=record.get("metric"))
+        return restored and (*restored[:2], restored[2]["extra"])
 
     def restore_best(self, abstract_state):
         """Restores the checkpoint with the highest metric; see `restore_latest`."""
-        return _restore(self._best, self._best.best_step(), abstract_state)
+        restored = _restore(self._best, self._best.best_step(), abstract_state)
+        return restored and (*restored[:2], restored[2]["extra"])
 
     def wait(self) -> None:
         """Blocks until everything saved is on disk; raises what a background write raised."""
@@ -190,7 +196,7 @@ def _restore(manager, step, abstract_state):
         if not x.size:
             arrays[path] = jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
     treedef = jax.tree.structure(abstract_state)
-    return step, treedef.unflatten([arrays[path] for path in wanted]), record["extra"]
+    return step, treedef.unflatten([arrays[path] for path in wanted]), record
 
 
 def _flatten(state) -> dict:

@@ -88,6 +88,7 @@ def default() -> ConfigDict:
             #                     (a shared cell with credit of its own then weighs the sum of its leaves)
             vocab_chunk=1024,  # tokens whose logits exist at a time
             remat=False,  # recompute layers in the backward pass
+            max_skipped=10,  # updates skipped in a row for a loss or gradient that is not finite; one more ends the run
         )
     )
     config.optimizer = ConfigDict(
