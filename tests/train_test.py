@@ -150,7 +150,8 @@ def test_the_run_was_killed_at_all_kinds_of_moments(runs):
     assert len(kills) == KILLS
     assert kills[-1]["steps"] == STEPS
     assert any(0 < kill["steps"] < STEPS for kill in kills)
-    assert sum(bool(kill["half_written"]) for kill in kills) >= KILLS // 4
+    inside = [kill for kill in kills if kill["half_written"] and kill["moment"] != "start"]  # a start finds old ones
+    assert len(inside) >= KILLS // 4
 
 
 def test_a_killed_run_repeats_the_same_numbers(runs):
@@ -230,10 +231,10 @@ def test_a_workdir_of_another_experiment_is_refused(runs, tmp_path):
 def test_a_signal_saves_the_step_under_way(runs):
     """Between two steps; and in a run that goes on from there, while its first step compiles."""
     folder, workdir = runs["folder"], runs["folder"] / "signals"
-    lines, before = workdir / "metrics.jsonl", 2
+    lines, before = workdir / "metrics.jsonl", 4  # not a multiple of evaluation.every
     for number in (signal.SIGINT, signal.SIGTERM):
         again = opened_again(lines)
-        run = start(folder, "signals")
+        run = start(folder, "signals", checkpoint_every=100)
         wait_until(run, lambda: again() and steps_written(lines) >= before)
         run.send_signal(number)
         output, _ = run.communicate()
