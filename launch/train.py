@@ -25,7 +25,8 @@ def main(_):
         logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a checkpoint
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # where train() does not catch it: end at once, no traceback
-    from treerl.train import Diverged, Interrupted, train  # after the flags: a wrong one must not cost the import of jax
+    # After the flags: a wrong one must not cost the import of jax.
+    from treerl.train import Diverged, Interrupted, train
 
     try:
         summary = train(_CONFIG.value, _WORKDIR.value)

@@ -165,7 +165,8 @@ def test_a_killed_run_repeats_the_same_numbers(runs):
 @pytest.mark.parametrize("best", [False, True])
 def test_a_killed_run_ends_with_the_same_state(runs, best):
     """Parameters, optimizer and counts of the last and of the best checkpoint, bit for bit."""
-    (_, killed, step), (_, whole, wanted) = (load(str(runs["folder"] / name), best=best) for name in ("killed", "whole"))
+    _, killed, step = load(str(runs["folder"] / "killed"), best=best)
+    _, whole, wanted = load(str(runs["folder"] / "whole"), best=best)
     assert step == wanted and (best or step == STEPS)
     jax.tree.map(np.testing.assert_array_equal, killed, whole)
     assert runs["summary"] | {"train_seconds": 0} == runs["whole"] | {"train_seconds": 0}
@@ -292,7 +293,8 @@ from treerl import step
 learn = step.learn
 def broken(fns, state, tree, prompts, credit, knobs):
     bad = jnp.isin(state.step, jnp.array([2, 3, 5, 6, 7, 8]))
-    return learn(fns, state, tree, prompts, credit, dict(knobs, temperature=jnp.where(bad, jnp.nan, knobs["temperature"])))
+    temperature = jnp.where(bad, jnp.nan, knobs["temperature"])
+    return learn(fns, state, tree, prompts, credit, dict(knobs, temperature=temperature))
 step.learn = broken
 from launch import train
 app.run(train.main)

@@ -150,8 +150,8 @@ def stop_if_diverged(config: ConfigDict, state, moment: str, advice: str) -> Non
 def warm_start(experiment: Experiment, state, progress, caught=()):
     """Supervised learning on a small fixed set of solutions, until held-out pass@1 stops rising.
 
-    Stops with Interrupted once `caught` names a signal. Returns (state with the best parameters seen and a fresh optimizer, list of dicts of
-    step, loss and pass@k).
+    Returns (state with the best parameters seen and a fresh optimizer, list of dicts of
+    step, loss and pass@k). Raises Interrupted once `caught` names a signal, and Diverged.
     """
     config = experiment.config.warm_start
     if not config.steps:
@@ -297,7 +297,8 @@ def claim(workdir: str, config: ConfigDict) -> None:
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             old, new = dict(_fields(json.load(file))), dict(_fields(json.loads(text)))
-        free = ("mesh.", "data_dir", "learner.max_skipped") + (("steps",) if config.optimizer.schedule == "constant" else ())
+        free = ("mesh.", "data_dir", "learner.max_skipped")
+        free += ("steps",) if config.optimizer.schedule == "constant" else ()
         for name in sorted(old | new):
             if not name.startswith(free) and old.get(name) != new.get(name):
                 raise ValueError(
