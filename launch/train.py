@@ -4,8 +4,12 @@ python -m launch.train --config=experiments/countdown.py[:arg] --workdir=DIR
     [--config.section.field=value ...]
 
 Prints one JSON line on standard output at the end; goes on from the last checkpoint in DIR.
+
+Exit status: 0 at the end; 75 after Ctrl-C or SIGTERM, with the step under way finished and saved, so
+that the same command goes on (a second Ctrl-C ends at once); 1 with one sentence on standard error.
 """
 import json
+import signal
 import sys
 
 from absl import flags
@@ -19,9 +23,17 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main():
-    from treerl.train import train  # after the flags: a wrong one must not cost the import of jax
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # where train() does not catch it: end at once, no traceback
+    # After the flags: a wrong one must not cost the import of jax.
+    from treerl.train import Interrupted, train
 
-    print(json.dumps(train(_CONFIG.value, _WORKDIR.value)))
+    try:
+        summary = train(_CONFIG.value, _WORKDIR.value)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(75)  # EX_TEMPFAIL: try again
+    print(json.dumps(summary))
     print(f"report: {_WORKDIR.value}/report.html", file=sys.stderr)
 
 

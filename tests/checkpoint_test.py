@@ -135,6 +135,25 @@ def test_best_ahead_of_latest_after_an_interruption(tmp_path):
     assert steps_on_disk(tmp_path / "lower", "best") == ["8"]
 
 
+def test_a_best_that_was_cut_short_is_saved_when_the_latest_is_restored(tmp_path):
+    """Killed after the latest of step 5, a new high, was written and before its best was."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(4, make_state(4), extra={}, metric=0.1)
+        checkpoints.wait()
+        shutil.copytree(tmp_path / "checkpoints/best", tmp_path / "best")
+        checkpoints.save(5, make_state(5), extra={"x": 1}, metric=0.5)
+    shutil.rmtree(tmp_path / "checkpoints/best")
+    shutil.move(tmp_path / "best", tmp_path / "checkpoints/best")
+    like = abstract(make_state(0))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.restore_latest(like)[0] == 5 and checkpoints.restore_best(like)[0] == 4
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_latest(like)[::2] == (5, {"x": 1})
+        step, state, extra = checkpoints.restore_best(like)
+        assert (step, extra, checkpoints.best_metric) == (5, {"x": 1}, 0.5)
+        assert_same(state, make_state(5))
+
+
 def test_state_may_be_donated_right_after_save(tmp_path):
     state = {"x": jnp.arange(500_000, dtype=jnp.float32)}
     expected = np.array(state["x"])

@@ -13,6 +13,7 @@ from treerl import attention, losses, packing, step, tasks
 from treerl import tree as T
 from treerl.models.policy import make_policy, packed_hidden, token_logps
 from treerl.models.transformer import Model, TransformerConfig
+from treerl.optimizer import make_optimizer
 from treerl.sharding import AXES
 from treerl.types import Prompts, TrainState
 
@@ -338,19 +339,23 @@ def test_k3_is_positive_and_unbiased():
     np.testing.assert_allclose(jnp.sum(jnp.exp(p) * each), jnp.sum(jnp.exp(p) * (p - q)), rtol=1e-5)
 
 
-def learned(params, kl=0.0, reference=None, epochs=1):
+def fresh(params, optimizer, reference=None):
+    return TrainState(
+        params=params, opt_state=optimizer.init(params), reference=reference, step=jnp.int32(0),
+        key=jnp.zeros(2, jnp.uint32), position=jnp.int32(0), skipped=jnp.int32(0),
+    )  # fmt: skip
+
+
+def learned(params, kl=0.0, reference=None, epochs=1, credit_scale=1.0):
     """(state, metrics) of `learn` with plain gradient descent on one batch."""
     tree, prompts, credit, weight = batch(9)
     f = fns(bin_tokens=24, epochs=epochs)._replace(
         optimizer=optax.sgd(0.5), needs_reference=reference is not None
     )
-    state = TrainState(
-        params=params, opt_state=f.optimizer.init(params), reference=reference, step=jnp.int32(0),
-        key=jnp.zeros(2, jnp.uint32), position=jnp.int32(0),
-    )  # fmt: skip
+    state = fresh(params, f.optimizer, reference)
     knobs = dict(temperature=jnp.float32(1), clip_low=0.2, clip_high=0.2, kl=kl)
     run = jax.jit(lambda s, *data: step.learn(f, s, *data, knobs))
-    return run(state, tree, prompts, spread(tree, credit, weight))
+    return run(state, tree, prompts, spread(tree, credit * credit_scale, weight))
 
 
 def test_kl_to_a_reference_is_added_and_vanishes_at_the_policy_itself(params):
@@ -373,6 +378,50 @@ def test_two_epochs_are_two_updates_on_the_same_trees(params):
     got, metrics = learned(params, epochs=2)
     assert_close(got.params, want.params)
     assert_close(metrics["logp_drift"], first["logp_drift"])  # of the first epoch
+
+
+def assert_untouched(after, before, skipped):
+    """All but the count is as it was, bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, after.replace(skipped=before.skipped), before)
+    assert int(after.skipped) == skipped
+
+
+@pytest.mark.parametrize("loss, entry", [(np.nan, 0.5), (np.inf, 0.5), (1.0, np.nan), (1.0, -np.inf)])
+def test_an_update_that_is_not_finite_changes_nothing(loss, entry):
+    """One entry of one array of the gradient is enough; the next good update counts from 0 again."""
+    f = fns()._replace(optimizer=make_optimizer(get_config().optimizer, 10))
+    update = jax.jit(lambda *args: step.update(f, *args), donate_argnums=0)
+    good = {"a": jnp.ones((3, 2)), "b": jnp.ones(4)}
+    bad = dict(good, b=good["b"].at[2].set(entry))
+    state = jax.tree.map(jnp.copy, fresh(good, f.optimizer))  # nothing shares a buffer, so that it can be donated
+    for _ in range(2):  # a learning rate and moments that are not 0
+        state, metrics = update(state, good, jnp.float32(1))
+    assert (int(metrics["skipped"]), int(state.skipped)) == (0, 0)
+    before = jax.tree.map(np.array, state)
+    for count in (1, 2):
+        state, metrics = update(state, bad, jnp.float32(loss))
+        assert_untouched(state, before, skipped=count)
+        assert int(metrics["skipped"]) == 1
+    state, metrics = update(state, good, jnp.float32(1))
+    assert (int(metrics["skipped"]), int(state.skipped)) == (0, 0)
+    assert not np.array_equal(state.params["a"], before.params["a"])
+
+
+def test_nan_credit_reaches_neither_policy_nor_optimizer(params):
+    state, metrics = learned(params, epochs=2, credit_scale=np.nan)
+    assert_untouched(state, fresh(params, optax.sgd(0.5)), skipped=2)
+    assert int(metrics["skipped"]) == 2 and not np.isfinite(metrics["loss"])
+
+
+def test_a_supervised_update_that_is_not_finite_changes_nothing(params, monkeypatch):
+    f = fns(bin_tokens=24)._replace(optimizer=optax.adam(0.1))
+    state = fresh(params, f.optimizer)
+    answer = jnp.ones((TREES, ROWS), jnp.int32), jnp.full(TREES, 3)
+    likelihood = losses.likelihood
+    monkeypatch.setattr(losses, "likelihood", lambda logp, weight: likelihood(logp, weight) / 0 * 0)
+    after, metrics = jax.jit(lambda *args: step.supervised_step(f, *args))(state, batch(9)[1], *answer)
+    assert_untouched(after, state, skipped=1)
+    assert int(metrics["skipped"]) == 1 and np.isnan(metrics["loss"])
 
 
 def test_unknown_names_are_refused():

@@ -2,20 +2,25 @@
 import json
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
 from treerl import metrics
+from treerl.train import load
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-STEPS = 12
+KILLS = int(os.environ.get("TREERL_KILLS", 4))  # how often the run is killed; 20 take about 5 minutes
+STEPS = max(12, 2 * KILLS)
 SIZES = {  # sums of two numbers, which a model this small half learns at once
     "steps": STEPS,
-    "checkpoint_every": 2,
+    "checkpoint_every": 1,
     "task.train_size": 32,
     "task.heldout_size": 8,
     "task.numbers_min": 2,
@@ -46,11 +51,11 @@ SIZES = {  # sums of two numbers, which a model this small half learns at once
 }
 
 
-def start(folder: pathlib.Path, workdir: str) -> subprocess.Popen:
+def start(folder: pathlib.Path, workdir: str, main=("-m", "launch.train"), **changes) -> subprocess.Popen:
     """Starts the training of SIZES in folder/workdir; runs of one folder share data and programs."""
-    command = [sys.executable, "-m", "launch.train", "--config=experiments/countdown.py"]
+    command = [sys.executable, *main, "--config=experiments/countdown.py"]
     command += [f"--workdir={folder / workdir}", f"--config.data_dir={folder / 'data'}"]
-    command += [f"--config.{name}={value}" for name, value in SIZES.items()]
+    command += [f"--config.{name}={value}" for name, value in (SIZES | changes).items()]
     environment = dict(
         os.environ,
         JAX_PLATFORMS="cpu",
@@ -58,8 +63,10 @@ def start(folder: pathlib.Path, workdir: str) -> subprocess.Popen:
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # compiles in half the time
     )
     environment.pop("XLA_FLAGS", None)  # one device
-    log = open(folder / f"{workdir}.log", "a")
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by a shell's &; children would inherit it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with open(folder / f"{workdir}.log", "a") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
 
 
 def finish(run: subprocess.Popen, log: pathlib.Path) -> dict:
@@ -73,29 +80,64 @@ def steps_written(path: pathlib.Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def kill_at(run: subprocess.Popen, path: pathlib.Path, step: int) -> None:
-    """Kills a run, without a chance to clean up, once its metrics hold that many steps."""
-    while run.poll() is None and steps_written(path) < step:
-        time.sleep(0.002)
+def half_written(workdir: pathlib.Path) -> list[str]:
+    """Orbax's temporary folders: checkpoints that are being written, or were when the run was killed."""
+    return sorted(path.name for path in workdir.glob("checkpoints/*/*tmp*"))
+
+
+def wait_until(run: subprocess.Popen, happened) -> None:
+    while run.poll() is None and not happened():
+        time.sleep(0.001)
+
+
+def opened_again(lines: pathlib.Path):
+    """A function that tells whether metrics.jsonl was replaced since now, as it is before the first step."""
+    inode = lambda: lines.exists() and lines.stat().st_ino
+    before = inode()
+    return lambda: inode() != before
+
+
+def kill(run: subprocess.Popen) -> None:
+    """Ends a run without a chance to clean up."""
     run.send_signal(signal.SIGKILL)
     run.communicate()
     assert run.returncode == -signal.SIGKILL, f"the run ended by itself: {run.returncode}"
 
 
+def kill_at_random(run: subprocess.Popen, workdir: pathlib.Path, moment: str, rng: random.Random) -> dict:
+    """Kills a run at a random moment of a kind; says what was on disk then.
+
+    start: while it imports, prepares data, restores or compiles. step: after some steps. write:
+    while a checkpoint's temporary folder is there. report: after the last step.
+    """
+    lines = workdir / "metrics.jsonl"
+    if moment == "report":
+        wait_until(run, lambda: steps_written(lines) >= STEPS)
+        time.sleep(0.5 * rng.random())
+    elif moment == "start":
+        time.sleep(1 + 5 * rng.random())
+    else:
+        wait_until(run, opened_again(lines))
+        target = min(steps_written(lines) + rng.randint(1, 3), STEPS - 1)
+        wait_until(run, lambda: steps_written(lines) >= target)
+        if moment == "write":
+            wait_until(run, lambda: half_written(workdir))
+        time.sleep(0.03 * rng.random())
+    kill(run)
+    return dict(moment=moment, steps=steps_written(lines), half_written=half_written(workdir))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One run killed in the middle and started again, and one left alone until its last line.
-
-    (Then it is killed too: its report would cost time and show nothing new.)
-    """
-    folder = tmp_path_factory.mktemp("train")
+    """One run killed at random moments and started again each time, and one left alone."""
+    folder, rng = tmp_path_factory.mktemp("train"), random.Random(0)
     killed = folder / "killed"
-    kill_at(start(folder, "killed"), killed / "metrics.jsonl", 5)
-    before = (killed / "metrics.jsonl").read_text()
-    saved = sorted(int(p.name) for p in (killed / "checkpoints/latest").iterdir() if p.name.isdigit())
+    whole = finish(start(folder, "whole"), folder / "whole.log")
+    moments = ["start", *(["write", "step", "write", "start"] * KILLS)[: KILLS - 2], "report"]
+    kills = [kill_at_random(start(folder, "killed"), killed, moment, rng) for moment in moments]
+    print(*kills, sep="\n")
     summary = finish(start(folder, "killed"), folder / "killed.log")
-    kill_at(start(folder, "whole"), folder / "whole" / "metrics.jsonl", STEPS)
-    return dict(folder=folder, before=before, saved=saved, summary=summary)
+    return dict(folder=folder, kills=kills, summary=summary, whole=whole)
 
 
 def story(workdir: pathlib.Path) -> list[dict]:
@@ -103,10 +145,13 @@ def story(workdir: pathlib.Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(workdir / "metrics.jsonl")]
 
 
-def test_the_run_was_killed_in_the_middle(runs):
-    lines = runs["before"].splitlines()
-    assert 5 <= len(lines) < STEPS
-    assert runs["saved"] and 2 <= runs["saved"][-1] < STEPS  # it did not start over from the warm start
+def test_the_run_was_killed_at_all_kinds_of_moments(runs):
+    kills = runs["kills"]
+    assert len(kills) == KILLS
+    assert kills[-1]["steps"] == STEPS
+    assert any(0 < kill["steps"] < STEPS for kill in kills)
+    inside = [kill for kill in kills if kill["half_written"] and kill["moment"] != "start"]  # a start finds old ones
+    assert len(inside) >= KILLS // 4
 
 
 def test_a_killed_run_repeats_the_same_numbers(runs):
@@ -117,12 +162,14 @@ def test_a_killed_run_repeats_the_same_numbers(runs):
         assert mine == wanted
 
 
-def test_the_part_before_the_kill_is_the_same_story(runs):
-    whole = story(runs["folder"] / "whole")
-    for text, wanted in zip(runs["before"].splitlines(), whole):
-        line = json.loads(text)
-        line.pop("seconds")
-        assert line == wanted
+@pytest.mark.parametrize("best", [False, True])
+def test_a_killed_run_ends_with_the_same_state(runs, best):
+    """Parameters, optimizer and counts of the last and of the best checkpoint, bit for bit."""
+    _, killed, step = load(str(runs["folder"] / "killed"), best=best)
+    _, whole, wanted = load(str(runs["folder"] / "whole"), best=best)
+    assert step == wanted and (best or step == STEPS)
+    jax.tree.map(np.testing.assert_array_equal, killed, whole)
+    assert runs["summary"] | {"train_seconds": 0} == runs["whole"] | {"train_seconds": 0}
 
 
 def test_the_numbers_are_worth_comparing(runs):
@@ -130,7 +177,8 @@ def test_the_numbers_are_worth_comparing(runs):
     later = [line for line in story(runs["folder"] / "whole") if line["step"] > 6]
     assert sum(line["grad_norm"] > 0 for line in later) >= 4
     assert all(0 < line["reward"] < 1 for line in later)
-    assert [line["step"] for line in later if "pass@1" in line] == [9, 12]
+    assert all(line["skipped"] == 0 for line in later)
+    assert {9, 12} <= {line["step"] for line in later if "pass@1" in line}
 
 
 def test_summary(runs):
@@ -180,3 +228,96 @@ def test_a_workdir_of_another_experiment_is_refused(runs, tmp_path):
         "give another --workdir, or the same config."
     )
     assert json.loads((workdir / "config.json").read_text())["branching"]["tau_abs"] == old
+
+
+def test_a_signal_saves_the_step_under_way(runs):
+    """Between two steps; and in a run that goes on from there, while its first step compiles."""
+    folder, workdir = runs["folder"], runs["folder"] / "signals"
+    lines, before = workdir / "metrics.jsonl", 4  # not a multiple of evaluation.every
+    for number in (signal.SIGINT, signal.SIGTERM):
+        again = opened_again(lines)
+        run = start(folder, "signals", checkpoint_every=100)
+        wait_until(run, lambda: again() and steps_written(lines) >= before)
+        run.send_signal(number)
+        output, _ = run.communicate()
+        done = steps_written(lines)
+        log = (folder / "signals.log").read_text()
+        assert (run.returncode, output) == (75, ""), log
+        assert before <= done < STEPS and "Traceback" not in log
+        assert log.splitlines()[-1] == (
+            f"{number.name}: stopped after step {done} of {STEPS}; {workdir}/checkpoints/latest holds step {done}, "
+            "and the same command goes on from there."
+        )
+        assert [p.name for p in (workdir / "checkpoints/latest").iterdir()] == [str(done)]
+        assert story(workdir) == story(folder / "whole")[:done]
+        before = done
+
+
+def test_a_signal_in_the_warm_start_saves_nothing_and_a_second_one_ends_at_once(runs):
+    folder = runs["folder"]
+    run = start(folder, "early")
+    wait_until(run, lambda: "warm start:" in (folder / "early.log").read_text())
+    run.send_signal(signal.SIGINT)
+    output, _ = run.communicate()
+    log = (folder / "early.log").read_text()
+    assert (run.returncode, output) == (75, ""), log
+    assert "Traceback" not in log and not steps_written(folder / "early/metrics.jsonl")
+    assert log.splitlines()[-1] == (
+        "SIGINT: stopped in the warm start, of which nothing is saved; the same command starts it again, "
+        "with the same numbers."
+    )
+    run = start(folder, "twice")
+    wait_until(run, lambda: "warm start:" in (folder / "twice.log").read_text())
+    run.send_signal(signal.SIGINT)
+    wait_until(run, lambda: "a second one ends at once" in (folder / "twice.log").read_text())
+    run.send_signal(signal.SIGINT)
+    run.communicate()
+    assert run.returncode == -signal.SIGINT
+    assert "Traceback" not in (folder / "twice.log").read_text()
+
+
+def test_a_finished_run_writes_its_report_again(runs):
+    """Also when it was asked to stop meanwhile: nothing is left to save."""
+    folder, killed = runs["folder"], runs["folder"] / "killed"
+    (killed / "report.html").unlink()
+    lines = (killed / "metrics.jsonl").read_bytes()
+    run = start(folder, "killed")
+    wait_until(run, lambda: f"{STEPS}/{STEPS}" in (folder / "killed.log").read_text().rpartition("\n")[2])
+    assert finish(run, folder / "killed.log") == runs["summary"]
+    assert (killed / "report.html").exists() and (killed / "metrics.jsonl").read_bytes() == lines
+
+
+NAN = """
+import jax.numpy as jnp
+from absl import app
+from treerl import step
+learn = step.learn
+def broken(fns, state, tree, prompts, credit, knobs):
+    bad = jnp.isin(state.step, jnp.array([2, 3, 5, 6, 7, 8]))
+    temperature = jnp.where(bad, jnp.nan, knobs["temperature"])
+    return learn(fns, state, tree, prompts, credit, dict(knobs, temperature=temperature))
+step.learn = broken
+from launch import train
+app.run(train.main)
+"""
+
+
+def test_updates_that_are_not_finite_are_skipped_and_then_end_the_run(runs):
+    """nan in steps 3 and 4, and again from step 6 on."""
+    folder, workdir = runs["folder"], runs["folder"] / "nan"
+    run = start(folder, "nan", ("-c", NAN), **{"learner.max_skipped": 2, "evaluation.every": 100})
+    output, _ = run.communicate()
+    log = (folder / "nan.log").read_text()
+    assert (run.returncode, output) == (1, ""), log
+    assert log.splitlines()[-1] == (
+        "step 8: loss or gradient was not finite in 3 updates in a row, more than learner.max_skipped=2; look at "
+        f"loss and grad_norm in {workdir}/metrics.jsonl (null: not finite), then lower optimizer.learning_rate in "
+        "another --workdir, or raise learner.max_skipped to go on from step 5, saved before them in checkpoints/latest."
+    )
+    assert "Traceback" not in log
+    lines = story(workdir)
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 0, 1, 1, 1]
+    assert [line["loss"] is None for line in lines] == [False, False, True, True, False, True, True, True]
+    assert len({line["reward"] for line in lines[2:4]}) == 2  # other prompts are tried
+    _, state, step = load(str(workdir))
+    assert step == 5 and all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state.params))

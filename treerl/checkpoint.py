@@ -87,6 +87,7 @@ class Checkpoints:
         arrays = _flatten(state)
         record = {
             "extra": _as_json(extra),
+            "metric": None if metric is None else float(metric),
             "leaves": {path: _describe(x) for path, x in arrays.items()},
         }
         # Orbax refuses arrays without elements; the record is enough to make them anew.
@@ -106,7 +107,7 @@ class Checkpoints:
             self._best_metric = metric
 
     def restore_latest(self, abstract_state):
-        """Restores the newest checkpoint.
+        """Restores the newest checkpoint; saves it as the best too, if a kill cut that short.
 
         Args:
           abstract_state: pytree of jax.ShapeDtypeStruct with the shardings to restore
@@ -121,11 +122,16 @@ class Checkpoints:
         best, fix = self._best.best_step(), "delete it to start anew"
         if best is not None:
             fix += f", and copy {self._best.directory}/{best} into {self._latest.directory} too to go on from there"
-        return _restore(self._latest, self._latest.latest_step(), abstract_state, fix)
+        restored = _restore(self._latest, self._latest.latest_step(), abstract_state, fix)
+        if restored and not self._read_only:
+            step, state, record = restored
+            self.save(step, state, extra=record["extra"], metric=record.get("metric"))
+        return restored and (*restored[:2], restored[2]["extra"])
 
     def restore_best(self, abstract_state):
         """Restores the checkpoint with the highest metric; see `restore_latest`."""
-        return _restore(self._best, self._best.best_step(), abstract_state, FORGET)
+        restored = _restore(self._best, self._best.best_step(), abstract_state, FORGET)
+        return restored and (*restored[:2], restored[2]["extra"])
 
     def wait(self) -> None:
         """Blocks until everything saved is on disk; raises what a background write raised."""
@@ -208,7 +214,7 @@ def _restore(manager, step, abstract_state, fix: str):
         if not x.size:
             arrays[path] = jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
     treedef = jax.tree.structure(abstract_state)
-    return step, treedef.unflatten([arrays[path] for path in wanted]), record["extra"]
+    return step, treedef.unflatten([arrays[path] for path in wanted]), record
 
 
 def _flatten(state) -> dict:

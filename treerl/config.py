@@ -92,6 +92,7 @@ def default() -> ConfigDict:
             #                     (a shared cell with credit of its own then weighs the sum of its leaves)
             vocab_chunk=1024,  # tokens whose logits exist at a time
             remat=False,  # recompute layers in the backward pass
+            max_skipped=10,  # updates skipped in a row for a loss or gradient that is not finite; one more ends the run
         )
     )
     config.optimizer = ConfigDict(
@@ -160,7 +161,7 @@ RULES = (
         evaluation.every evaluation.examples evaluation.samples evaluation.batch"""),
     ("0 or more", lambda x: x >= 0, """
         seed steps branching.tau_abs branching.tau_rel branching.fill_after pruning.tau_ed
-        learner.clip_low learner.clip_high learner.kl
+        learner.clip_low learner.clip_high learner.kl learner.max_skipped
         optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay
         warm_start.steps warm_start.learning_rate"""),
     ("a number above 0", lambda x: x > 0, "model.rope_theta sampler.temperature optimizer.clip_norm"),

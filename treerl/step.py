@@ -168,6 +168,7 @@ def init_state(fns: Fns, seed: int) -> TrainState:
         step=jnp.int32(0),
         key=jax.random.key_data(jax.random.fold_in(key, 1)),
         position=jnp.int32(0),
+        skipped=jnp.int32(0),
     )
 
 
@@ -176,6 +177,7 @@ def restart(fns: Fns, state: TrainState) -> TrainState:
     return state.replace(
         opt_state=fns.optimizer.init(state.params),
         reference=jax.tree.map(jnp.copy, state.params) if fns.needs_reference else None,
+        skipped=jnp.int32(0),
     )
 
 
@@ -193,6 +195,7 @@ def state_shardings(fns: Fns):
         step=everywhere,
         key=everywhere,
         position=everywhere,
+        skipped=everywhere,
     )
 
 
@@ -343,11 +346,19 @@ def gradient(fns: Fns, objective, params, bins: packing.Bins, weight):
     return grads, (loss / norm, sums, top)
 
 
-def update(fns: Fns, state: TrainState, grads) -> tuple[TrainState, dict]:
-    """One Optax update."""
-    updates, opt_state = fns.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return state.replace(params=params, opt_state=opt_state), dict(grad_norm=optax.tree.norm(grads))
+def update(fns: Fns, state: TrainState, grads, loss) -> tuple[TrainState, dict]:
+    """One Optax update; parameters and optimizer stay as they are if loss or gradient is not finite."""
+
+    def apply(params, opt_state):
+        updates, opt_state = fns.optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    norm = optax.tree.norm(grads)
+    good = jnp.isfinite(norm) & jnp.isfinite(loss)
+    # A branch works in place; a `where` over the whole state costs one more copy of the parameters.
+    params, opt_state = jax.lax.cond(good, apply, lambda *same: same, state.params, state.opt_state)
+    state = state.replace(params=params, opt_state=opt_state, skipped=jnp.where(good, 0, state.skipped + 1))
+    return state, dict(loss=loss, grad_norm=norm, skipped=1 - good.astype(jnp.int32))
 
 
 def learn(fns: Fns, state: TrainState, tree: T.Tree, prompts: Prompts, credit, knobs) -> tuple[TrainState, dict]:
@@ -361,14 +372,15 @@ def learn(fns: Fns, state: TrainState, tree: T.Tree, prompts: Prompts, credit, k
 
     def epoch(state, _):
         grads, (loss, sums, top) = gradient(fns, objective, state.params, bins, total)
-        state, metrics = update(fns, state, grads)
+        state, metrics = update(fns, state, grads, loss)
         seen = jnp.maximum(sums.pop("weight"), 1e-9)  # share of the weight that was trained on
-        metrics = dict(metrics, loss=loss, logp_drift_max=top, **{k: v / seen for k, v in sums.items()})
+        metrics = dict(metrics, logp_drift_max=top, **{k: v / seen for k, v in sums.items()})
         return state, metrics
 
     state, metrics = jax.lax.scan(epoch, state, None, length=fns.sizes.epochs)
     first, last = (jax.tree.map(lambda x: x[i], metrics) for i in (0, -1))
     kept = dict(last, logp_drift=first["drift"], logp_drift_max=first["logp_drift_max"])
+    kept = dict(kept, skipped=jnp.sum(metrics["skipped"]))
     kept.pop("drift")
     return state, dict(kept, bins=jnp.max(bins.count), trees_trained=jnp.mean(include.astype(jnp.float32)))
 
@@ -404,5 +416,4 @@ def supervised_step(fns: Fns, state: TrainState, prompts: Prompts, answer, lengt
     bins = pack(fns, tree, prompts, (weight, weight, weight), jnp.ones(length.shape, bool))
     objective = supervised_objective(fns)
     grads, (loss, _, _) = gradient(fns, objective, state.params, bins, jnp.sum(weight))
-    state, metrics = update(fns, state, grads)
-    return state, dict(metrics, loss=loss)
+    return update(fns, state, grads, loss)

@@ -1,7 +1,10 @@
 """The host loop: warm start, training, evaluation, checkpoints, and the report at the end."""
+import contextlib
 import functools
 import json
 import os
+import signal
+import threading
 import time
 
 import jax
@@ -21,6 +24,41 @@ from treerl.evaluate import pass_at_k
 from treerl.optimizer import make_optimizer
 
 REFUSED = "make room or allow it, and the same command goes on from the last checkpoint."
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a run between two steps; the text says what was saved and how to go on."""
+
+
+class Diverged(UserError):
+    """Too many updates in a row were skipped; the text says which field and what to look at."""
+
+
+@contextlib.contextmanager
+def first_signal():
+    """Turns the first SIGINT or SIGTERM into an entry of the list it yields; a second one acts as it did before.
+
+    Outside the main thread, which alone may set handlers, the list stays empty.
+    """
+    caught, before = [], {}
+
+    def restore():
+        while before:
+            signal.signal(*before.popitem())
+
+    def note(number, _):
+        restore()
+        caught.append(signal.Signals(number).name)
+        os.write(2, f"\n{caught[0]}: finishing what is under way; a second one ends at once.\n".encode())
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as nohup and the like wish
+                before[number] = signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        restore()
 
 
 class Experiment:
@@ -125,11 +163,21 @@ def check_warm_start(experiment: Experiment) -> None:
     P.encode_answers(experiment.task, examples, config.sampler.answer_length)
 
 
-def warm_start(experiment: Experiment, state, progress):
+def stop_if_diverged(config: ConfigDict, state, moment: str, advice: str) -> None:
+    """Raises Diverged if more updates were skipped in a row than learner.max_skipped."""
+    skipped, limit = int(state.skipped), config.learner.max_skipped
+    if skipped > limit:
+        raise Diverged(
+            f"{moment}: loss or gradient was not finite in {skipped} updates in a row, more than "
+            f"learner.max_skipped={limit}; {advice}"
+        )
+
+
+def warm_start(experiment: Experiment, state, progress, caught=()):
     """Supervised learning on a small fixed set of solutions, until held-out pass@1 stops rising.
 
     Returns (state with the best parameters seen and a fresh optimizer, list of dicts of
-    step, loss and pass@k).
+    step, loss and pass@k). Raises Interrupted once `caught` names a signal, and Diverged.
     """
     config = experiment.config.warm_start
     if not config.steps:
@@ -146,14 +194,26 @@ def warm_start(experiment: Experiment, state, progress):
     state = jax.jit(functools.partial(S.restart, fns), out_shardings=shardings)(state)
     stream = P.Stream(first_examples(experiment), experiment.config.seed)
     curve, best, best_params, since, losses = [], -1.0, None, 0, []
-    for number in tqdm(range(1, config.steps + 1), desc="warm start", disable=not progress):
+    bar = tqdm(range(1, config.steps + 1), desc="warm start", disable=not progress)
+    for number in bar:
+        if caught:
+            bar.close()
+            raise Interrupted(
+                f"{caught[0]}: stopped in the warm start, of which nothing is saved; "
+                "the same command starts it again, with the same numbers."
+            )
         examples, index = stream.examples((number - 1) * config.batch, config.batch)
         answer = P.encode_answers(experiment.task, examples, experiment.config.sampler.answer_length)
         state, values = update(state, experiment.prompts(examples, index), *P.to_device(answer, experiment.trees))
         losses.append(values["loss"])
         if number % config.eval_every == 0 or number == config.steps:
+            stop_if_diverged(
+                experiment.config, state, f"warm start, update {number}",
+                "lower warm_start.learning_rate, or look for weights or examples that make a nan.",
+            )  # fmt: skip
             scores = experiment.evaluate(state.params)
-            curve.append(dict(step=number, loss=float(np.mean(jax.device_get(losses))), **scores))
+            loss = float(np.mean(jax.device_get(losses)))
+            curve.append(dict(step=number, loss=loss if np.isfinite(loss) else None, **scores))
             losses, since = [], since + 1
             if scores["pass@1"] > best:
                 best, since = scores["pass@1"], 0
@@ -170,11 +230,22 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict:
 
     Writes config.json, metrics.jsonl, checkpoints/ and report.html into workdir. Lines of
     metrics.jsonl after the restored checkpoint are dropped and written again, with the same
-    numbers apart from times.
+    numbers apart from times. Called again after its end, it writes the report again.
+
+    The first SIGINT or SIGTERM lets the step under way end (with its evaluation) and saves a
+    checkpoint; the warm start saves nothing, the last step and the report are finished.
 
     Returns:
       The summary: steps, train_seconds, and pass@1 and the largest pass@k before and after.
+
+    Raises:
+      Interrupted: by a signal, after saving. Diverged: too many updates in a row were skipped.
     """
+    with first_signal() as caught:
+        return _train(config, workdir, progress, caught)
+
+
+def _train(config: ConfigDict, workdir: str, progress: bool, caught: list) -> dict:
     begin = time.monotonic()
     claim(workdir, config)
     experiment = Experiment(config)
@@ -186,19 +257,31 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict:
         restored = checkpoints.restore_latest(experiment.state_shape())
         if restored:
             _, state, extra = restored
+            begin -= extra["seconds"]  # of earlier processes of this run
         else:
-            state, curve = warm_start(experiment, experiment.init(config.seed), progress)
+            state, curve = warm_start(experiment, experiment.init(config.seed), progress, caught)
             before = curve_best(curve) or experiment.evaluate(state.params)
-            extra = dict(warm_start=curve, before=before, seconds=0.0)
+            extra = dict(warm_start=curve, before=before, seconds=time.monotonic() - begin)
             checkpoints.save(0, state, extra=extra, metric=before["pass@1"])
+
+        def save(number, metric=None):
+            extra["seconds"] = time.monotonic() - begin
+            checkpoints.save(number, state, extra=extra, metric=metric)
+
         start = int(state.step)
-        spent = extra["seconds"]  # by earlier processes of this run
         with (
             metrics.MetricsFile(os.path.join(workdir, "metrics.jsonl"), start) as metrics_file,
             tqdm(total=config.steps, initial=start, desc="train", disable=not progress) as bar,
         ):
             position = int(state.position)
             for number in range(start + 1, config.steps + 1):
+                if caught:
+                    if not state.skipped:
+                        save(number - 1)
+                    raise Interrupted(
+                        f"{caught[0]}: stopped after step {number - 1} of {config.steps}; {workdir}/checkpoints/latest "
+                        f"holds step {checkpoints.latest_step}, and the same command goes on from there."
+                    )
                 tick = time.monotonic()
                 examples, index = stream.examples(position, config.sampler.prompts)
                 state, values = experiment.train_step(state, experiment.prompts(examples, index), experiment.knobs)
@@ -206,19 +289,23 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict:
                 values = jax.device_get(values)
                 last, scores = number == config.steps, None
                 if number % config.evaluation.every == 0 or last:
-                    scores = experiment.evaluate(state.params)
+                    extra["after"] = scores = experiment.evaluate(state.params)
                     values = dict(values, **scores)
                     bar.set_postfix({"reward": f"{values['reward']:.3f}", "pass@1": f"{scores['pass@1']:.3f}"})
-                    extra = dict(extra, after=scores)
                 metrics_file.write(number, dict(values, seconds=time.monotonic() - tick))
-                if number % config.checkpoint_every == 0 or scores:  # what was measured can be the best
-                    extra = dict(extra, seconds=spent + time.monotonic() - begin)
-                    checkpoints.save(number, state, extra=extra, metric=scores and scores["pass@1"])
                 bar.update()
-    seconds = spent + time.monotonic() - begin
+                stop_if_diverged(
+                    config, state, f"step {number}",
+                    f"look at loss and grad_norm in {workdir}/metrics.jsonl (null: not finite), then lower "
+                    "optimizer.learning_rate in another --workdir, or raise learner.max_skipped to go on from step "
+                    f"{checkpoints.latest_step}, saved before them in checkpoints/latest.",
+                )  # fmt: skip
+                due = number % config.checkpoint_every == 0 or scores  # what was measured can be the best
+                if due and (last or not state.skipped):  # the last good one stays while updates are skipped
+                    save(number, scores and scores["pass@1"])
     after = extra.get("after", extra["before"])
     top = f"pass@{config.evaluation.samples}"
-    summary = dict(steps=config.steps, train_seconds=round(seconds, 1))
+    summary = dict(steps=config.steps, train_seconds=round(extra["seconds"], 1))
     for name in ("pass@1", top):
         summary |= {f"{name}_before": extra["before"][name], f"{name}_after": after[name]}
     with writing(f"workdir={workdir}", REFUSED):
@@ -229,7 +316,8 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict:
 def claim(workdir: str, config: ConfigDict) -> None:
     """Checks that a workdir is new, or has a config.json with the same fields; writes nothing.
 
-    Devices and folders of data may differ, and so may `steps` without a schedule over them.
+    Devices, folders of data and learner.max_skipped may differ, and so may `steps` without a
+    schedule over them.
 
     Raises:
       UserError: the workdir belongs to another experiment; names the first field that differs.
@@ -237,7 +325,8 @@ def claim(workdir: str, config: ConfigDict) -> None:
     if not os.path.exists(os.path.join(workdir, "config.json")):
         return
     old, new = dict(fields(read_config(workdir))), dict(fields(json.loads(config.to_json_best_effort())))
-    free = ("mesh.", "data_dir") + (("steps",) if config.optimizer.schedule == "constant" else ())
+    free = ("mesh.", "data_dir", "learner.max_skipped")
+    free += ("steps",) if config.optimizer.schedule == "constant" else ()
     for name in sorted(old | new):
         if not name.startswith(free) and old.get(name) != new.get(name):
             raise UserError(

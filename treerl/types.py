@@ -34,6 +34,7 @@ class TrainState:
     step: jax.Array  # [] int32, number of updates of the policy by reinforcement learning
     key: jax.Array  # [2] uint32, the run's random key (constant; steps fold their number in)
     position: jax.Array  # [] int32, number of examples drawn from the stream so far
+    skipped: jax.Array  # [] int32, updates skipped in a row, up to now, for what was not finite
 
 
 class Policy(NamedTuple):
