@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
+from events_oracle import scalars
+from profiling_test import traced_steps
 from treerl import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -46,11 +49,11 @@ SIZES = {  # sums of two numbers, which a model this small half learns at once
 }
 
 
-def start(folder: pathlib.Path, workdir: str) -> subprocess.Popen:
+def start(folder: pathlib.Path, workdir: str, *flags: str) -> subprocess.Popen:
     """Starts the training of SIZES in folder/workdir; runs of one folder share data and programs."""
     command = [sys.executable, "-m", "launch.train", "--config=experiments/countdown.py"]
     command += [f"--workdir={folder / workdir}", f"--config.data_dir={folder / 'data'}"]
-    command += [f"--config.{name}={value}" for name, value in SIZES.items()]
+    command += [*flags, *(f"--config.{name}={value}" for name, value in SIZES.items())]
     environment = dict(
         os.environ,
         JAX_PLATFORMS="cpu",
@@ -93,7 +96,7 @@ def runs(tmp_path_factory):
     kill_at(start(folder, "killed"), killed / "metrics.jsonl", 5)
     before = (killed / "metrics.jsonl").read_text()
     saved = sorted(int(p.name) for p in (killed / "checkpoints/latest").iterdir() if p.name.isdigit())
-    summary = finish(start(folder, "killed"), folder / "killed.log")
+    summary = finish(start(folder, "killed", f"--profile={STEPS - 1}:{STEPS}"), folder / "killed.log")
     kill_at(start(folder, "whole"), folder / "whole" / "metrics.jsonl", STEPS)
     return dict(folder=folder, before=before, saved=saved, summary=summary)
 
@@ -133,6 +136,29 @@ def test_the_numbers_are_worth_comparing(runs):
     assert [line["step"] for line in later if "pass@1" in line] == [9, 12]
 
 
+def test_event_files_tell_the_same_story(runs):
+    """After a kill and a resume too: TensorBoard sees each step once."""
+    for name in ("killed", "whole"):
+        workdir = runs["folder"] / name
+        wanted = {
+            line.pop("step"): {
+                ("eval/" if key.startswith("pass@") else "train/") + key: np.float32(value) for key, value in line.items()
+            }
+            for line in metrics.read(workdir / "metrics.jsonl")
+        }
+        found = scalars(workdir / "tensorboard")
+        if name == "whole" and len(found) < STEPS:  # killed between the two writes of its last step
+            wanted.pop(STEPS)
+        assert found == wanted
+        curve = scalars(workdir / "tensorboard" / "warm_start")
+        assert list(curve) == [40, 80]
+        assert all({"warm_start/loss", "warm_start/pass@1", "warm_start/pass@3"} <= set(line) for line in curve.values())
+
+
+def test_the_profile_holds_the_steps_asked_for(runs):
+    assert traced_steps(runs["folder"] / "killed" / "profile") == [STEPS - 1, STEPS]
+
+
 def test_summary(runs):
     """The last line on standard output, after a run that took two processes."""
     summary, last = runs["summary"], story(runs["folder"] / "killed")[-1]
@@ -154,7 +180,7 @@ def test_report(runs):
 
 def test_only_what_the_design_names_is_written(runs):
     names = {p.name for p in (runs["folder"] / "killed").iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "checkpoints", "report.html"}
+    assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.html", "profile"}
     assert not list((runs["folder"] / "killed").rglob("*tmp*"))
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from treerl import prompts as P
-from treerl import metrics, report, rewards, sharding, tasks
+from treerl import events, metrics, profiling, report, rewards, sharding, tasks
 from treerl import step as S
 from treerl import tree as T
 from treerl.checkpoint import Checkpoints, abstract
@@ -139,12 +139,12 @@ def warm_start(experiment: Experiment, state, progress):
     return finish(state), curve
 
 
-def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict:
+def train(config: ConfigDict, workdir: str, progress: bool = True, profile: tuple[int, int] | None = None) -> dict:
     """Runs an experiment to its end, from its last checkpoint if there is one.
 
-    Writes config.json, metrics.jsonl, checkpoints/ and report.html into workdir. Lines of
-    metrics.jsonl after the restored checkpoint are dropped and written again, with the same
-    numbers apart from times.
+    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and report.html into workdir.
+    Lines of metrics.jsonl after the restored checkpoint are dropped and written again, with the
+    same numbers apart from times. With `profile`, (first, last), traces those steps into profile/.
 
     Returns:
       The summary: steps, train_seconds, and pass@1 and the largest pass@k before and after.
@@ -160,27 +160,37 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict:
             _, state, extra = restored
         else:
             state, curve = warm_start(experiment, experiment.init(config.seed), progress)
+            with events.EventFile(os.path.join(workdir, "tensorboard", "warm_start"), -1) as event_file:
+                for line in curve:
+                    event_file.write(line["step"], {f"warm_start/{k}": v for k, v in line.items() if k != "step"})
             before = curve_best(curve) or experiment.evaluate(state.params)
             extra = dict(warm_start=curve, before=before, seconds=0.0)
             checkpoints.save(0, state, extra=extra, metric=before["pass@1"])
         start = int(state.step)
         spent = extra["seconds"]  # by earlier processes of this run
-        with metrics.MetricsFile(os.path.join(workdir, "metrics.jsonl"), start) as metrics_file:
+        with (
+            metrics.MetricsFile(os.path.join(workdir, "metrics.jsonl"), start) as metrics_file,
+            events.EventFile(os.path.join(workdir, "tensorboard"), start) as event_file,
+            profiling.Trace(os.path.join(workdir, "profile"), profile, start) as trace,
+        ):
             bar = tqdm(total=config.steps, initial=start, desc="train", disable=not progress)
             position = int(state.position)
             for number in range(start + 1, config.steps + 1):
                 tick = time.monotonic()
                 examples, index = stream.examples(position, config.sampler.prompts)
-                state, values = experiment.train_step(state, experiment.prompts(examples, index), experiment.knobs)
+                with trace.step(number):
+                    state, values = experiment.train_step(state, experiment.prompts(examples, index), experiment.knobs)
+                    values = jax.device_get(values)
                 position += config.sampler.prompts
-                values = jax.device_get(values)
                 last, scores = number == config.steps, None
                 if number % config.evaluation.every == 0 or last:
                     scores = experiment.evaluate(state.params)
                     values = dict(values, **scores)
                     bar.set_postfix({"reward": f"{values['reward']:.3f}", "pass@1": f"{scores['pass@1']:.3f}"})
                     extra = dict(extra, after=scores)
-                metrics_file.write(number, dict(values, seconds=time.monotonic() - tick))
+                values = dict(values, seconds=time.monotonic() - tick)
+                metrics_file.write(number, values)
+                event_file.write(number, events.grouped(values))
                 if number % config.checkpoint_every == 0 or scores:  # what was measured can be the best
                     extra = dict(extra, seconds=spent + time.monotonic() - begin)
                     checkpoints.save(number, state, extra=extra, metric=scores and scores["pass@1"])
