@@ -39,7 +39,9 @@ class Trace:
     def __init__(self, folder: str, span: tuple[int, int] | None, start: int):
         self._folder, self._span, self._running = folder, span or (0, 0), False
         if span and span[1] <= start:
-            logging.warning("--profile=%d:%d lies before step %d, where this run goes on: nothing is traced.", *span, start + 1)
+            logging.warning(
+                "--profile=%d:%d lies before step %d, where this run goes on: nothing is traced.", *span, start + 1
+            )
 
     @contextlib.contextmanager
     def step(self, number: int):
