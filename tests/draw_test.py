@@ -160,12 +160,23 @@ class Drawn:
         self.tokens = {cell: int(g.get("data-tokens")) for cell, g in self.cells.items()}
         self.rect = {cell: g.find(f"{SVG}rect") for cell, g in self.cells.items()}
         self.text = {cell: g.find(f"{SVG}text").text for cell, g in self.cells.items()}
+        dot = root.find(f"{SVG}circle")
+        self.prompt = float(dot.get("cx")), float(dot.get("cy")) - draw.CHIP / 2, 5, draw.CHIP  # x, y, width, height
         self.edges = [p for p in root.iter(f"{SVG}path")]
         self.outcomes = [t.text for t in root.iter(f"{SVG}text") if "outcome" in t.get("class")]
         self.all_text = [t.text for t in root.iter(f"{SVG}text")]
 
+    def graded(self) -> list:
+        """(reward, advantage) of every leaf, as text; sorted."""
+        return sorted(re.findall(r"[✓✗] (\S+) · A (\S+)", "\n".join(self.outcomes)))
+
     def kind(self, cell) -> set:
         return set(self.rect[cell].get("class").split())
+
+
+def graded(tree, reward, advantage) -> list:
+    number = lambda x: f"{x:.1f}" if x in (0, 1) else f"{x:.3g}"
+    return sorted((number(reward[i]), f"{advantage[cells[-1]]:+.2f}") for i, cells in leaf_cells(tree).items())
 
 
 def hanging(tree) -> dict:
@@ -197,9 +208,7 @@ def test_every_cell_is_drawn_once_with_its_kind_and_colour(seed):
         if fill:
             red, blue = int(fill[1:3], 16), int(fill[5:7], 16)
             assert red == blue or (blue > red) == (advantage[cell] > 0)
-    graded = sorted(f"{reward[i]:.3g} · A {advantage[cells[-1]]:+.2f}" for i, cells in leaf_cells(tree).items())
-    shown = sorted(text.split("✓ ")[-1].split("✗ ")[-1] for text in drawn.outcomes if "· A" in text)
-    assert [s.replace("0.0 ·", "0 ·").replace("1.0 ·", "1 ·") for s in shown] == graded
+    assert drawn.graded() == graded(tree, reward, advantage)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -208,14 +217,17 @@ def test_boxes_do_not_overlap_and_stand_right_of_their_parents(seed):
     tree = jax.tree.map(np.asarray, random_tree(rng, rows=12, slots=7, prune=0.15))
     drawn = Drawn(draw.draw_tree(tree, to_text, reward=np.zeros(7), advantage=np.zeros((12, 7)), title="a prompt"))
     place = {c: [float(r.get(name)) for name in ("x", "y", "width", "height")] for c, r in drawn.rect.items()}
+    paths_drawn = [edge.get("d") for edge in drawn.edges]
     for cell, path in hanging(tree).items():
         x, y, width, height = place[cell]
         assert 0 < x and x + width < drawn.size[0] and 26 < y and y + height < drawn.size[1]
-        if cell[0]:
-            assert x > place[path[-2]][0] + place[path[-2]][2]
         for other, (x2, y2, width2, height2) in place.items():
             apart = x + width < x2 or x2 + width2 < x or y + height < y2 or y2 + height2 < y
             assert apart or other == cell
+        x2, y2, width2, _ = place[path[-2]] if cell[0] else drawn.prompt
+        edge = f"M{x2 + width2:.1f} {y2 + height / 2:.1f}"
+        assert x > x2 + width2
+        assert any(d.startswith(edge) and re.search(rf"[H ]{x:.1f}( {y + height / 2:.1f})?$", d) for d in paths_drawn)
         x_of_row = {place[c][0] for c in place if c[0] == cell[0]}
         assert len(x_of_row) == 1  # tokens of one width: depth is a column
 
@@ -237,7 +249,7 @@ def test_long_chains_become_one_box(seed):
             for _ in range(count - 1):  # a chain: one child each, no end inside
                 assert tree.end[cell] == 0
                 (cell,) = below[cell]
-    assert sum("· A" in text for text in drawn.outcomes) == len(leaf_cells(tree))
+    assert drawn.graded() == graded(tree, reward, advantage)
 
 
 def test_drawing_of_the_hand_built_tree():
