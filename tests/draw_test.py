@@ -265,6 +265,10 @@ def test_drawing_of_the_hand_built_tree():
     assert drawn.rect[3, 0].get("fill") == "#2166ac" and drawn.rect[1, 2].get("fill") == "#f2f2f2"
     assert {"A -1.50", "+1.50", "sampled", "forced by branching"} <= set(drawn.all_text)
     assert "row 2, slot 1, forced" in svg and "p 0.250" in svg
+    for text in svg.split("<text")[1:]:  # nothing leaves the card
+        at, what = re.match(r'[^>]* x="(\S+)"[^>]*>([^<]*)<', text).groups()
+        size = 6.7 if 'font-size="11"' in text else draw.CHAR
+        assert float(at) + size * len(what) < drawn.size[0]
     tree.end[1, 0] = SIMILAR  # a line that ended above survivors
     drawn = Drawn(draw.draw_tree(tree, to_text, reward=reward, advantage=advantage))
     assert drawn.outcomes.count("pruned: similar") == 2

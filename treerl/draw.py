@@ -216,7 +216,7 @@ def draw_tree(tree, tokens_to_text, *, reward, advantage, title: str = "") -> st
     y = lambda lane: head + lane * LANE + CHIP / 2
     lanes = 1 + max([box.lane for box in boxes], default=0)
     edges, chips, labels = [], [], []
-    width = max(right + MARGIN, 640)
+    width = max(right + MARGIN, 660)  # of the legend, at least
     for box in boxes:
         last, alive = box.cells[-1], box.cells[0] in kept
         edges.append(_edge(box, y, "edge" if alive else "edge gone"))
@@ -335,11 +335,11 @@ def _legend(top: float, y: float) -> str:
             parts.append(f'<rect x="{MARGIN + 58 + 12 * i}" y="{y + 1:.0f}" width="12" height="12" fill="{fill}"/>')
     else:
         parts = [say(MARGIN, "A 0 throughout")]
-    x = MARGIN + 236
+    x = MARGIN + 228
     for kind, rx, text in (
         ("free", 7, "sampled"),
         ("forced", 2, "forced by branching"),
-        ("free off gone", 7, "no leaf below: pruned or cut"),
+        ("free off gone", 7, "pruned or cut"),
     ):
         paint = "" if "off" in kind else ' fill="none"'
         parts.append(f'<rect class="{kind}" x="{x}" y="{y:.0f}" width="14" height="14" rx="{rx}"{paint}/>')

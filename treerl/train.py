@@ -309,7 +309,8 @@ def example_trees(experiment: Experiment, state, count: int = 16, shown: int = 4
     contrast = np.sum(valid * (grown.reward - mean[:, None]) ** 2, axis=1)
     busy = (grown.forks + grown.pruned) / (1 + np.max(grown.forks + grown.pruned))  # decides among equals
     picks = []
-    for score in (contrast, grown.forks, grown.pruned, -contrast)[:shown]:
+    earns = 1e6 * (contrast > 0)
+    for score in (contrast, grown.forks + earns, grown.pruned + earns, -contrast)[:shown]:
         ranked = np.argsort(-(score + busy), kind="stable")
         picks += [i for i in ranked.tolist() if i not in picks][:1]
     result = []
