@@ -23,6 +23,7 @@ setup(
         "absl-py",
         "ml-collections",
         "matplotlib",
+        "tensorboardX",  # the format of event files, without TensorFlow
         "tqdm",
         "numpy",
     ],

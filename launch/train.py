@@ -1,7 +1,7 @@
 """Trains an experiment.
 
 python -m launch.train --config=experiments/countdown.py[:arg] --workdir=DIR
-    [--config.section.field=value ...]
+    [--profile=FIRST:LAST] [--config.section.field=value ...]
 
 Prints one JSON line on standard output at the end; goes on from the last checkpoint in DIR.
 
@@ -19,6 +19,13 @@ from launch import entry
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a file with get_config(arg).")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: metrics, checkpoints, report.")
+_PROFILE = flags.DEFINE_string(
+    "profile",
+    None,
+    "Steps to trace with jax.profiler into WORKDIR/profile, FIRST:LAST, both included, such as 3:5: the first step of "
+    "a process compiles, and a trace grows by megabytes a step. To look: tensorboard --logdir=WORKDIR with the "
+    "plugin xprof, or open its trace.json.gz in ui.perfetto.dev.",
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -26,10 +33,12 @@ def main():
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # where train() does not catch it: end at once, no traceback
     # After the flags: a wrong one must not cost the import of jax.
+    from treerl.profiling import parse_span
     from treerl.train import Interrupted, train
 
+    profile = parse_span(_PROFILE.value, _CONFIG.value.steps)
     try:
-        summary = train(_CONFIG.value, _WORKDIR.value)
+        summary = train(_CONFIG.value, _WORKDIR.value, profile=profile)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(75)  # EX_TEMPFAIL: try again

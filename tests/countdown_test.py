@@ -443,3 +443,50 @@ def test_tokenizer_errors():
     with pytest.raises(ValueError) as error:
         CharTokenizer("aba")
     assert str(error.value) == "alphabet 'aba' repeats a character: list each one once."
+
+
+@pytest.mark.parametrize("text", [
+    "3 5 2=23:", "3 5 2=23", " 3  5 2 = 23 : ", "3,5,2=23", "3, 5, 2 = 23", "03 5 2=023",
+])  # fmt: skip
+def test_parse(task, text):
+    encoded = task.encode(task.parse(text))
+    assert task.tokenizer.decode(encoded.prompt) == "3 5 2=23:" and encoded.answer == [task.tokenizer.eos_id]
+    assert encoded.data["numbers"].tolist() == [3, 5, 2, 0] and encoded.data["target"] == 23
+
+
+def test_parse_reads_what_the_model_reads(task):
+    for example in [task.heldout[i] for i in range(20)]:
+        encoded = task.encode(example)
+        again = task.encode(task.parse(task.tokenizer.decode(encoded.prompt)))
+        assert again.prompt == encoded.prompt and jax.tree.all(jax.tree.map(np.array_equal, again.data, encoded.data))
+
+
+LIKE = ", as in --prompt='1 2 3=6'."
+NO_PUZZLE = " is no Countdown puzzle; write the numbers, an equals sign and the target" + LIKE
+
+
+@pytest.mark.parametrize("text, message", [
+    ("hello", NO_PUZZLE),
+    ("3 5 2=23=4", NO_PUZZLE),
+    ("3 5 2=2 3", NO_PUZZLE),
+    ("3+5*2=13", NO_PUZZLE),
+    ("-3 5 2=4", NO_PUZZLE),
+    ("3 5 2=4.0", NO_PUZZLE),
+    ("٣ 5 2=10", NO_PUZZLE),
+    ("3 5 2=\n<script>", NO_PUZZLE),
+    ("3 5 99999999999999999999=4", NO_PUZZLE),
+    ("3 5 2", " has no target; write one behind an equals sign" + LIKE),
+    ("3 5 2=:", " has no target; write one behind an equals sign" + LIKE),
+    ("", " has no target; write one behind an equals sign" + LIKE),
+    ("=23", " gives no numbers; this run's puzzles have 3 to 4" + LIKE),
+    ("3 5=8", " gives 2 numbers; this run's puzzles have 3 to 4" + LIKE),
+    ("1 2 3 4 5=8", " gives 5 numbers; this run's puzzles have 3 to 4" + LIKE),
+    ("3 5 13=8", " gives a number outside this run's range; choose numbers from 1 to 12" + LIKE),
+    ("3 5 0=8", " gives a number outside this run's range; choose numbers from 1 to 12" + LIKE),
+    ("3 5 2=51", " gives a target outside this run's range; choose one from 1 to 50" + LIKE),
+    ("3 5 2=0", " gives a target outside this run's range; choose one from 1 to 50" + LIKE),
+])  # fmt: skip
+def test_parse_errors(task, text, message):
+    with pytest.raises(ValueError) as error:
+        task.parse(text)
+    assert str(error.value) == f"--prompt={text!r}" + message

@@ -15,7 +15,7 @@ ROWS = [
     {"types", "masked", "config", "sharding", "tokenizers"},
     {"tree", "attention", "optimizer", "checkpoint", "tasks"},
     {"models", "prompts", "branching", "pruning"},
-    {"sampler", "rewards", "advantages", "packing", "losses", "metrics", "report"},
+    {"sampler", "rewards", "advantages", "packing", "losses", "metrics", "events", "profiling", "draw", "report"},
     {"step", "evaluate"},
     {"train", "bench"},
 ]

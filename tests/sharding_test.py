@@ -390,7 +390,7 @@ def test_every_parameter_of_the_model_is_covered(first):
     specs = jax.tree.map(lambda s: s.spec, tiny.shardings.params)
     assert jax.tree.structure(specs) == jax.tree.structure(fns.model.shapes())
     cut = [s for s in jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec)) if any(s)]
-    assert len(cut) >= 8  # the embedding and the matrices of a block
+    assert len(cut) >= 5  # the embedding and the matrices of a block
 
 
 def test_prompts_that_do_not_divide(monkeypatch):

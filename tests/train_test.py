@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from events_oracle import scalars
+from profiling_test import traced_steps
 from treerl import metrics
 from treerl.train import load
 
@@ -51,22 +53,29 @@ SIZES = {  # sums of two numbers, which a model this small half learns at once
 }
 
 
-def start(folder: pathlib.Path, workdir: str, main=("-m", "launch.train"), **changes) -> subprocess.Popen:
-    """Starts the training of SIZES in folder/workdir; runs of one folder share data and programs."""
-    command = [sys.executable, *main, "--config=experiments/countdown.py"]
-    command += [f"--workdir={folder / workdir}", f"--config.data_dir={folder / 'data'}"]
-    command += [f"--config.{name}={value}" for name, value in (SIZES | changes).items()]
-    environment = dict(
-        os.environ,
+def environment(folder: pathlib.Path) -> dict[str, str]:
+    """Of a process on one CPU device that shares compiled programs with the others of the folder."""
+    changes = dict(
         JAX_PLATFORMS="cpu",
         JAX_COMPILATION_CACHE_DIR=str(folder / "programs"),
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # compiles in half the time
     )
-    environment.pop("XLA_FLAGS", None)  # one device
+    return {name: value for name, value in (os.environ | changes).items() if name != "XLA_FLAGS"}
+
+
+def start(
+    folder: pathlib.Path, workdir: str, *flags: str, main=("-m", "launch.train"), **changes
+) -> subprocess.Popen:
+    """Starts the training of SIZES in folder/workdir; runs of one folder share data and programs."""
+    command = [sys.executable, *main, "--config=experiments/countdown.py"]
+    command += [f"--workdir={folder / workdir}", f"--config.data_dir={folder / 'data'}"]
+    command += [*flags, *(f"--config.{name}={value}" for name, value in (SIZES | changes).items())]
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by a shell's &; children would inherit it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     with open(folder / f"{workdir}.log", "a") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment(folder), stdout=subprocess.PIPE, stderr=log, text=True
+        )
 
 
 def finish(run: subprocess.Popen, log: pathlib.Path) -> dict:
@@ -132,7 +141,7 @@ def runs(tmp_path_factory):
     """One run killed at random moments and started again each time, and one left alone."""
     folder, rng = tmp_path_factory.mktemp("train"), random.Random(0)
     killed = folder / "killed"
-    whole = finish(start(folder, "whole"), folder / "whole.log")
+    whole = finish(start(folder, "whole", f"--profile={STEPS - 1}:{STEPS}"), folder / "whole.log")
     moments = ["start", *(["write", "step", "write", "start"] * KILLS)[: KILLS - 2], "report"]
     kills = [kill_at_random(start(folder, "killed"), killed, moment, rng) for moment in moments]
     print(*kills, sep="\n")
@@ -181,6 +190,69 @@ def test_the_numbers_are_worth_comparing(runs):
     assert {9, 12} <= {line["step"] for line in later if "pass@1" in line}
 
 
+def test_event_files_tell_the_same_story(runs):
+    """After a kill and a resume too: TensorBoard sees each step once."""
+    for name in ("killed", "whole"):
+        workdir = runs["folder"] / name
+        tag = lambda key: ("eval/" if key.startswith("pass@") else "train/") + key
+        lines = metrics.read(workdir / "metrics.jsonl")
+        wanted = {line.pop("step"): {tag(key): np.float32(x) for key, x in line.items()} for line in lines}
+        found = scalars(workdir / "tensorboard")
+        if name == "whole" and len(found) < STEPS:  # killed between the two writes of its last step
+            wanted.pop(STEPS)
+        assert found == wanted
+        curve = scalars(workdir / "tensorboard" / "warm_start")
+        assert list(curve) == [40, 80]
+        for line in curve.values():
+            assert set(line) == {"warm_start/loss", "warm_start/pass@1", "warm_start/pass@2", "warm_start/pass@3"}
+
+
+def test_the_profile_holds_the_steps_asked_for(runs):
+    assert traced_steps(runs["folder"] / "whole" / "profile") == [STEPS - 1, STEPS]
+
+
+def generate(runs, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "launch.generate", f"--workdir={runs['folder'] / 'killed'}", *flags]
+    return subprocess.run(command, cwd=ROOT, env=environment(runs["folder"]), capture_output=True, text=True)
+
+
+def test_generate_prints_a_graded_tree(runs):
+    run = generate(runs, "--prompt= 3 5 = 8", "--best", "--seed=1")
+    assert run.returncode == 0, run.stderr[-4000:]
+    lines = run.stdout.splitlines()
+    assert lines[:2] == ["3 5=8:", "prompt"]
+    leaves = lines[lines.index("") + 2 :]
+    assert len(leaves) == SIZES["sampler.slots"]
+    for line in leaves:
+        mark, reward, advantage, end, text = line.split(None, 4)
+        right = end == "finished" and json.loads(text) in ("3+5", "5+3")
+        assert (mark, reward) == (("✓", "1.0") if right else ("✗", "0.0")) and end in ("finished", "truncated")
+        assert float(advantage) == 0 or (float(advantage) > 0) == right  # branch_depthwise: signs are those of GRPO
+
+
+def test_generate_exits_with_one_sentence(runs):
+    run = generate(runs, "--prompt=3 5")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == "--prompt='3 5' has no target; write one behind an equals sign, as in --prompt='1 2=3'.\n"
+
+
+def test_a_prompt_too_long_for_the_run(runs):
+    from types import SimpleNamespace
+
+    from ml_collections import ConfigDict
+
+    from treerl import tasks
+    from treerl.train import Experiment
+
+    config = ConfigDict(json.loads((runs["folder"] / "whole" / "config.json").read_text()))
+    config.sampler.prompt_length = 6
+    experiment = SimpleNamespace(config=config, task=tasks.make(config.task, config.data_dir))
+    assert Experiment.parse(experiment, "3 5=8")["target"] == 8
+    with pytest.raises(ValueError) as error:
+        Experiment.parse(experiment, "3 5=12")
+    assert str(error.value) == "--prompt='3 5=12' has 7 tokens and this run reads at most 6; give a shorter --prompt."
+
+
 def test_summary(runs):
     """The last line on standard output, after a run that took two processes."""
     summary, last = runs["summary"], story(runs["folder"] / "killed")[-1]
@@ -194,6 +266,7 @@ def test_summary(runs):
 
 def test_report(runs):
     page = (runs["folder"] / "killed" / "report.html").read_text()
+    assert page.count('class="treerl-tree"') == 4 and page.count("leaves right; forks: ") == 4
     assert "Before and after" in page and "<th>before</th><th>after</th>" in page
     for name in ("pass@1", "pass@3"):
         before, after = (f"<td>{runs['summary'][f'{name}_{moment}']:.4g}</td>" for moment in ("before", "after"))
@@ -202,7 +275,7 @@ def test_report(runs):
 
 def test_only_what_the_design_names_is_written(runs):
     names = {p.name for p in (runs["folder"] / "killed").iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "checkpoints", "report.html"}
+    assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.html", "profile"}
     assert not list((runs["folder"] / "killed").rglob("*tmp*"))
 
 
@@ -305,7 +378,7 @@ app.run(train.main)
 def test_updates_that_are_not_finite_are_skipped_and_then_end_the_run(runs):
     """nan in steps 3 and 4, and again from step 6 on."""
     folder, workdir = runs["folder"], runs["folder"] / "nan"
-    run = start(folder, "nan", ("-c", NAN), **{"learner.max_skipped": 2, "evaluation.every": 100})
+    run = start(folder, "nan", main=("-c", NAN), **{"learner.max_skipped": 2, "evaluation.every": 100})
     output, _ = run.communicate()
     log = (folder / "nan.log").read_text()
     assert (run.returncode, output) == (1, ""), log

@@ -1,16 +1,13 @@
-"""Pictures of a run: one self-contained report.html, and one tree as indented text."""
+"""Pictures of a run: one self-contained report.html."""
 
 import html
 import io
-import json
 import os
 from fnmatch import fnmatch
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-
-from treerl.tree import CUT, FINISHED, FORCED, PRUNED, RUNNING, TRUNCATED
 
 # (title, names of the metrics drawn together); a name may stand behind a prefix such as "eval/".
 GROUPS = (
@@ -30,9 +27,6 @@ GROUPS = (
 )
 WARMUP_GROUPS = (("warm-up loss", ("loss*",)), ("warm-up pass@k", ("pass@*",)))
 
-CORRECT = 0.5  # rewards from here on are shown as right answers
-TEXT_LIMIT = 100  # characters of one node; the middle of a longer text is left out
-
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -46,6 +40,13 @@ th, td {{ padding: .2rem 1rem; border-bottom: 1px solid #ddd; text-align: right;
 th:first-child, td:first-child {{ text-align: left; }}
 pre {{ font-size: 13px; line-height: 1.3; overflow-x: auto; background: #f6f6f6; padding: 1rem; }}
 svg {{ max-width: 100%; height: auto; }}
+.tree {{ overflow-x: auto; }}
+.tree svg {{ max-width: none; }}
+@media (prefers-color-scheme: dark) {{
+  body {{ color: #ddd; background: #15171a; }}
+  pre {{ background: #22252a; }}
+  th, td {{ border-color: #444; }}
+}}
 </style>
 </head>
 <body>
@@ -65,7 +66,7 @@ def write_report(
     warmup: list[dict],
     before: dict,
     after: dict,
-    tree_text: str,
+    trees: list[tuple[str, str, str]],
 ) -> None:
     """Writes report.html, one file that needs nothing beside it and no network.
 
@@ -80,13 +81,13 @@ def write_report(
         warmup: lines of the supervised warm-up: step, loss, pass@1.
         before: name -> number measured before training.
         after: the same after training.
-        tree_text: a tree as `format_tree` prints it.
+        trees: (caption, SVG element, text) of some trees; the SVG is put into the page as it is.
     """
     sections = [
         ("Before and after", _table(before, after)),
         ("Training", _curves(history, GROUPS)),
         ("Warm-up", _curves(warmup, WARMUP_GROUPS)),
-        ("One tree", f"<pre>{html.escape(tree_text)}</pre>" if tree_text else ""),
+        ("Trees", "\n".join(_tree(*tree) for tree in trees)),
         (
             "Configuration",
             f"<details><summary>every field</summary>\n<pre>{html.escape(config_text)}</pre>"
@@ -101,6 +102,11 @@ def write_report(
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         file.write(_PAGE.format(title=html.escape(title), body=body))
     os.replace(path + ".tmp", path)
+
+
+def _tree(caption: str, svg: str, text: str) -> str:
+    fold = f"<details><summary>as text</summary>\n<pre>{html.escape(text)}</pre></details>"
+    return f'<p>{html.escape(caption)}</p>\n<div class="tree">{svg}</div>\n{fold}'
 
 
 def _table(before: dict, after: dict) -> str:
@@ -159,103 +165,3 @@ def _series(lines: list[dict], patterns) -> dict:
                 steps.append(line["step"])
                 values.append(value)
     return series
-
-
-def format_tree(tree, tokens_to_text, *, reward, advantage) -> str:
-    """Prints one tree as indented text, a line for every chain of tokens between two forks.
-
-        prompt
-        ├─ "(3+5)" p=0.41 A=+0.31
-        │  ├─ "*2\\n" p=0.80 A=+0.94 ✓ 1.0
-        │  └─ *"-4\\n" p=0.11 A=-0.31 ✗ 0.0
-        └─ "3*" p=0.20 A=+0.00 pruned
-
-    p is the policy's probability of the chain's first token, A the mean advantage of its tokens;
-    a star marks a chain whose first token was forced by a branching rule. A chain also ends where
-    a line did. Cells that pruned lines left behind are printed as they stand; those whose
-    ancestors were overwritten hang nowhere and are only counted, in the last line.
-
-    Args:
-        tree: one unbatched tree, S rows and K columns, with the fields token, parent, used,
-            source, end and logp_policy, each [S, K], and leaf [L, 2]; see tree.Tree.
-        tokens_to_text: function from a list of token ids to their text.
-        reward: [L] float, of each leaf.
-        advantage: [S, K] float, of each cell.
-
-    Returns:
-        The text, without a newline at its end.
-
-    Raises:
-        ValueError: reward or advantage has another shape.
-    """
-    used, parent, end = (np.asarray(x) for x in (tree.used, tree.parent, tree.end))
-    leaf, reward, advantage = (np.asarray(x) for x in (tree.leaf, reward, advantage))
-    for name, x, shape in (
-        ("reward", reward, leaf.shape[:1]),
-        ("advantage", advantage, used.shape),
-    ):
-        if x.shape != shape:
-            raise ValueError(f"{name} has shape {x.shape} and the tree {shape}: pass one tree's.")
-    rewards = {(int(s), int(k)): float(r) for (s, k), r in zip(leaf, reward, strict=True) if s >= 0}
-    children = _children(used, parent)
-
-    lines, shown = ["prompt"], 0
-    stack = [(cell, "", cell == children[None][-1]) for cell in reversed(children.get(None, []))]
-    while stack:
-        cell, indent, last = stack.pop()
-        chain = _chain(cell, children, end, rewards)
-        shown += len(chain)
-        below = children.get(chain[-1], [])
-        text = _chain_text(tree, chain, tokens_to_text, advantage)
-        outcome = _outcome(int(end[chain[-1]]), rewards.get(chain[-1]), bool(below))
-        lines.append(f"{indent}{'└─' if last else '├─'} {text}{outcome}")
-        indent += "   " if last else "│  "
-        stack += [(child, indent, child == below[-1]) for child in reversed(below)]
-    if (lost := int(used.sum()) - shown) > 0:
-        lines.append(f"({lost} more tokens belong to pruned lines that were partly overwritten)")
-    return "\n".join(lines)
-
-
-def _children(used, parent) -> dict:
-    """Cell (row, column), or None for the prompt -> its used children, by column."""
-    children = {}
-    for s, k in np.argwhere(used).tolist():
-        above = None if s == 0 else (s - 1, int(parent[s, k]))
-        children.setdefault(above, []).append((s, k))
-    return children
-
-
-def _chain(cell, children, end, rewards) -> list:
-    """The cells from `cell` down to the next fork or end."""
-    chain = [cell]
-    while end[cell] == RUNNING and cell not in rewards and len(children.get(cell, [])) == 1:
-        (cell,) = children[cell]
-        chain.append(cell)
-    return chain
-
-
-def _chain_text(tree, chain, tokens_to_text, advantage) -> str:
-    text = tokens_to_text([int(tree.token[cell]) for cell in chain])
-    if len(text) > TEXT_LIMIT:
-        text = text[: TEXT_LIMIT // 2] + " … " + text[-(TEXT_LIMIT // 2) :]
-    star = "*" if tree.source[chain[0]] == FORCED else ""
-    probability = np.exp(float(tree.logp_policy[chain[0]]))
-    credit = np.mean([float(advantage[cell]) for cell in chain])
-    return f"{star}{json.dumps(text, ensure_ascii=False)} p={probability:.2f} A={credit:+.2f}"
-
-
-def _outcome(end: int, reward, has_children: bool) -> str:
-    """What became of a line, such as ' ✓ 1.0'; '' where it forks."""
-    words = []
-    if end == TRUNCATED:
-        words.append("truncated")
-    elif end == CUT:
-        words.append("cut")
-    elif end >= PRUNED or (end == RUNNING and reward is None and not has_children):
-        words.append("pruned")
-    elif end == FINISHED and reward is None:
-        words.append("finished, not graded")
-    if reward is not None:
-        number = f"{reward:.1f}" if reward % 1 == 0 else f"{reward:.3g}"
-        words.append(f"{'✓' if reward >= CORRECT else '✗'} {number}")
-    return "".join(f" {word}" for word in words)

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from treerl import prompts as P
-from treerl import metrics, report, rewards, sharding, tasks
+from treerl import draw, events, metrics, profiling, report, rewards, sharding, tasks
 from treerl import step as S
 from treerl import tree as T
 from treerl.checkpoint import Checkpoints, abstract
@@ -61,6 +62,16 @@ def first_signal():
         restore()
 
 
+class Grown(NamedTuple):
+    """Trees grown and graded, on the host."""
+
+    tree: T.Tree  # B in front
+    reward: np.ndarray  # [B, L] float32
+    advantage: np.ndarray  # [B, S, K] float32; of leaf credit, the mean over the leaves below a cell
+    forks: np.ndarray  # [B] int32
+    pruned: np.ndarray  # [B] int32
+
+
 class Experiment:
     """A config built: its task, its functions compiled for the mesh, its held-out examples."""
 
@@ -86,6 +97,7 @@ class Experiment:
             in_shardings=(self.shardings.params, trees, whole, whole),
             out_shardings=whole,
         )
+        self._grow = jax.jit(functools.partial(grow, self.fns))
         count = min(config.evaluation.examples, len(self.task.heldout))
         batch = min(config.evaluation.batch, count)
         shards = sharding.tree_shards(self.mesh)
@@ -119,27 +131,52 @@ class Experiment:
         powers = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
         return {f"pass@{k}": pass_at_k(correct, n, k) for k in powers}
 
-    def example_tree(self, params, count: int = 16) -> str:
-        """Grows and grades the trees of some held-out examples; prints one with contrast and forks."""
+    def grow(self, params, examples: list[dict], *, step: int, seed: int = 0) -> Grown:
+        """Grows and grades a tree for each example by the run's own rules, as they are at `step`.
+
+        An example's place in the list is part of its random key; the number of devices is not.
+        """
         shards = sharding.tree_shards(self.mesh)
-        index = np.arange(-(-count // shards) * shards)
-        examples = [self.task.heldout[int(i) % len(self.task.heldout)] for i in index]
-        prompts = self.prompts(examples, index)
+        index = np.arange(-(-len(examples) // shards) * shards)  # repeats fill the last shard
+        prompts = self.prompts([examples[i % len(examples)] for i in index], index)
+        grown = jax.device_get(self._grow(params, prompts, jax.random.key(seed), jnp.int32(step), self.knobs))
+        return jax.tree.map(lambda x: x[: len(examples)], grown)
 
-        def grow(params, prompts, knobs):
-            tree, stats = S.rollout(self.fns, params, prompts, jax.random.key(0), self.config.steps, knobs)
-            reward = rewards.grade(tree, prompts.data, self.fns.grader)
-            credit, _ = S.estimate(self.fns, tree, reward)
-            if credit.ndim == 2:  # leaf credit: show the mean over the leaves below each cell
-                credit = jax.vmap(lambda t, x: T.up(t, x) / jnp.maximum(T.leaf_count(t), 1))(tree, credit)
-            return tree, reward, credit, stats.forks + stats.pruned
+    def prompt_text(self, example: dict) -> str:
+        """What the model reads."""
+        return self.task.tokenizer.decode(self.task.encode(example).prompt)
 
-        tree, reward, credit, events = jax.device_get(jax.jit(grow)(params, prompts, self.knobs))
-        pick = int(np.argmax(events + 100 * (np.ptp(reward, axis=1) > 0)))
-        tree, reward, credit = jax.tree.map(lambda x: x[pick], (tree, reward, credit))
-        decode = self.task.tokenizer.decode
-        text = decode(np.asarray(prompts.token[pick])[: int(prompts.length[pick])])
-        return text + "\n" + report.format_tree(tree, decode, reward=reward, advantage=credit)
+    def parse(self, text: str) -> dict:
+        """The example of a prompt that a user wrote.
+
+        Raises:
+          UserError: it is no prompt of the run's task, or is too long for its sampler.
+        """
+        if self.task.parse is None:
+            raise UserError(f"task {self.config.task.name!r} takes no --prompt; use a run of another task.")
+        example = self.task.parse(text)
+        length, limit = len(self.task.encode(example).prompt), self.config.sampler.prompt_length
+        if length > limit:
+            raise UserError(
+                f"--prompt={text!r} has {length} tokens and this run reads at most {limit}; give a shorter --prompt."
+            )
+        return example
+
+    def tree_text(self, grown: Grown, i: int) -> str:
+        """Tree i as text: its forks and its leaves."""
+        view = dict(reward=grown.reward[i], advantage=grown.advantage[i])
+        tree, decode = jax.tree.map(lambda x: x[i], grown.tree), self.task.tokenizer.decode
+        return draw.format_tree(tree, decode, **view) + "\n\n" + draw.format_leaves(tree, decode, **view)
+
+
+def grow(fns: S.Fns, params, prompts, key, step, knobs) -> Grown:
+    """Grows, grades and estimates the trees of a batch of prompts; traceable."""
+    tree, stats = S.rollout(fns, params, prompts, key, step, knobs)
+    reward = rewards.grade(tree, prompts.data, fns.grader)
+    credit, _ = S.estimate(fns, tree, reward)
+    if credit.ndim == 2:
+        credit = jax.vmap(lambda t, x: T.up(t, x) / jnp.maximum(T.leaf_count(t), 1))(tree, credit)
+    return Grown(tree, reward, credit, stats.forks, stats.pruned)
 
 
 def first_examples(experiment: Experiment) -> list[dict]:
@@ -225,12 +262,13 @@ def warm_start(experiment: Experiment, state, progress, caught=()):
     return finish(state), curve
 
 
-def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict:
+def train(config: ConfigDict, workdir: str, progress: bool = True, profile: tuple[int, int] | None = None) -> dict:
     """Runs an experiment to its end, from its last checkpoint if there is one.
 
-    Writes config.json, metrics.jsonl, checkpoints/ and report.html into workdir. Lines of
-    metrics.jsonl after the restored checkpoint are dropped and written again, with the same
-    numbers apart from times. Called again after its end, it writes the report again.
+    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and report.html into workdir.
+    Lines of metrics.jsonl after the restored checkpoint are dropped and written again, with the
+    same numbers apart from times. With `profile`, (first, last), traces those steps into profile/.
+    Called again after its end, it writes the report again.
 
     The first SIGINT or SIGTERM lets the step under way end (with its evaluation) and saves a
     checkpoint; the warm start saves nothing, the last step and the report are finished.
@@ -242,10 +280,10 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict:
       Interrupted: by a signal, after saving. Diverged: too many updates in a row were skipped.
     """
     with first_signal() as caught:
-        return _train(config, workdir, progress, caught)
+        return _train(config, workdir, progress, profile, caught)
 
 
-def _train(config: ConfigDict, workdir: str, progress: bool, caught: list) -> dict:
+def _train(config: ConfigDict, workdir: str, progress: bool, profile, caught: list) -> dict:
     begin = time.monotonic()
     claim(workdir, config)
     experiment = Experiment(config)
@@ -260,6 +298,9 @@ def _train(config: ConfigDict, workdir: str, progress: bool, caught: list) -> di
             begin -= extra["seconds"]  # of earlier processes of this run
         else:
             state, curve = warm_start(experiment, experiment.init(config.seed), progress, caught)
+            with events.EventFile(os.path.join(workdir, "tensorboard", "warm_start"), -1) as event_file:
+                for line in curve:
+                    event_file.write(line["step"], {f"warm_start/{k}": v for k, v in line.items() if k != "step"})
             before = curve_best(curve) or experiment.evaluate(state.params)
             extra = dict(warm_start=curve, before=before, seconds=time.monotonic() - begin)
             checkpoints.save(0, state, extra=extra, metric=before["pass@1"])
@@ -271,6 +312,8 @@ def _train(config: ConfigDict, workdir: str, progress: bool, caught: list) -> di
         start = int(state.step)
         with (
             metrics.MetricsFile(os.path.join(workdir, "metrics.jsonl"), start) as metrics_file,
+            events.EventFile(os.path.join(workdir, "tensorboard"), start) as event_file,
+            profiling.Trace(os.path.join(workdir, "profile"), profile, start) as trace,
             tqdm(total=config.steps, initial=start, desc="train", disable=not progress) as bar,
         ):
             position = int(state.position)
@@ -284,15 +327,18 @@ def _train(config: ConfigDict, workdir: str, progress: bool, caught: list) -> di
                     )
                 tick = time.monotonic()
                 examples, index = stream.examples(position, config.sampler.prompts)
-                state, values = experiment.train_step(state, experiment.prompts(examples, index), experiment.knobs)
+                with trace.step(number):
+                    state, values = experiment.train_step(state, experiment.prompts(examples, index), experiment.knobs)
+                    values = jax.device_get(values)
                 position += config.sampler.prompts
-                values = jax.device_get(values)
                 last, scores = number == config.steps, None
                 if number % config.evaluation.every == 0 or last:
                     extra["after"] = scores = experiment.evaluate(state.params)
                     values = dict(values, **scores)
                     bar.set_postfix({"reward": f"{values['reward']:.3f}", "pass@1": f"{scores['pass@1']:.3f}"})
-                metrics_file.write(number, dict(values, seconds=time.monotonic() - tick))
+                values = dict(values, seconds=time.monotonic() - tick)
+                metrics_file.write(number, values)
+                event_file.write(number, events.grouped(values))
                 bar.update()
                 stop_if_diverged(
                     config, state, f"step {number}",
@@ -367,7 +413,7 @@ def curve_best(curve: list[dict]) -> dict | None:
 
 
 def write_report(experiment: Experiment, state, workdir: str, curve, before: dict, after: dict) -> None:
-    """Writes report.html from metrics.jsonl and a tree of the final policy."""
+    """Writes report.html from metrics.jsonl and trees of the final policy."""
     report.write_report(
         os.path.join(workdir, "report.html"),
         title=os.path.basename(os.path.abspath(workdir)),
@@ -376,8 +422,35 @@ def write_report(experiment: Experiment, state, workdir: str, curve, before: dic
         warmup=curve,
         before=before,
         after=after,
-        tree_text=experiment.example_tree(state.params),
+        trees=example_trees(experiment, state),
     )
+
+
+def example_trees(experiment: Experiment, state, count: int = 16, shown: int = 4) -> list[tuple[str, str, str]]:
+    """(caption, SVG, text) of some held-out trees: contrast, forks, pruned lines, no contrast."""
+    heldout = experiment.task.heldout
+    examples = [heldout[i] for i in range(min(count, len(heldout)))]
+    grown = experiment.grow(state.params, examples, step=int(state.step))
+    valid = grown.tree.leaf[..., 0] >= 0
+    right = np.sum(valid & (grown.reward >= draw.CORRECT), axis=1)
+    mean = np.sum(grown.reward, axis=1) / np.maximum(np.sum(valid, axis=1), 1)  # a missing leaf has reward 0
+    contrast = np.sum(valid * (grown.reward - mean[:, None]) ** 2, axis=1)
+    busy = (grown.forks + grown.pruned) / (1 + np.max(grown.forks + grown.pruned))  # decides among equals
+    picks = []
+    earns = 1e6 * (contrast > 0)
+    for score in (contrast, grown.forks + earns, grown.pruned + earns, -contrast)[:shown]:
+        ranked = np.argsort(-(score + busy), kind="stable")
+        picks += [i for i in ranked.tolist() if i not in picks][:1]
+    result = []
+    for i in picks:
+        example = examples[i]
+        tree, text = jax.tree.map(lambda x: x[i], grown.tree), experiment.prompt_text(example)
+        svg = draw.draw_tree(
+            tree, experiment.task.tokenizer.decode, reward=grown.reward[i], advantage=grown.advantage[i], title=text
+        )
+        caption = f"{right[i]} of {valid[i].sum()} leaves right; forks: {grown.forks[i]}; pruned: {grown.pruned[i]}."
+        result.append((caption, svg, text + "\n" + experiment.tree_text(grown, i)))
+    return result
 
 
 def load(workdir: str, *, best: bool = False) -> tuple[Experiment, object, int]:

@@ -28,6 +28,9 @@ class Task:
     `grade(tokens [S] int32, length [], data) -> float32 []` grades one answer and is traced by
     JAX; callers vmap it. `length` counts the answer's tokens, EOS included: a correct answer
     has its EOS at `tokens[length - 1]`, and what follows is not read.
+
+    `parse(text)` makes an example, without a reference answer, of a prompt that a user wrote as the
+    model reads it; it raises ValueError, naming --prompt and the fix.
     """
 
     tokenizer: CharTokenizer
@@ -35,6 +38,7 @@ class Task:
     heldout: Sequence[dict[str, Any]]  # shares no example with train
     encode: Callable[[dict[str, Any]], Encoded]
     grade: Callable[[jax.Array, jax.Array, dict[str, jax.Array]], jax.Array]
+    parse: Callable[[str], dict[str, Any]] | None = None  # None: the task takes no prompts of users
 
 
 def make(config: ConfigDict, data_dir: str) -> Task:

@@ -9,6 +9,7 @@ import functools
 import os
 import pathlib
 import random
+import re
 import sys
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ def make(config: ConfigDict, data_dir: str) -> Task:
         heldout=builder.as_data_source(split="heldout"),
         encode=functools.partial(encode, numbers_max=config.numbers_max),
         grade=grade,
+        parse=functools.partial(parse, config=config),
     )
 
 
@@ -91,6 +93,37 @@ def encode(example: dict, numbers_max: int) -> Encoded:
         answer=TOKENIZER.encode(solution) + [TOKENIZER.eos_id],
         data={"numbers": numbers, "target": np.asarray(example["target"], np.int32)},
     )
+
+
+def parse(text: str, config: ConfigDict) -> dict:
+    """The example of a prompt, "3 5 2 7=23:"; the colon may be missing, and commas may separate.
+
+    Raises:
+      ValueError: the text is no puzzle, or none of those that the config's task can hold.
+    """
+    low, high, largest = config.numbers_min, config.numbers_max, config.largest
+    like = [1 + i % largest for i in range(low)]
+    like = f"as in --prompt='{' '.join(map(str, like))}={min(sum(like), config.target_max)}'."
+
+    def wrong(what: str, fix: str):
+        return ValueError(f"--prompt={text!r} {what}; {fix}, {like}")
+
+    left, equals, right = text.strip().removesuffix(":").partition("=")
+    words, target = left.replace(",", " ").split(), right.strip()
+    good = all(re.fullmatch("[0-9]{1,9}", word) for word in words + [target] * bool(target))
+    if not good:
+        raise wrong("is no Countdown puzzle", "write the numbers, an equals sign and the target")
+    if not target:
+        raise wrong("has no target", "write one behind an equals sign")
+    numbers = [int(word) for word in words]
+    if not low <= len(numbers) <= high:
+        many = f"{low}" if low == high else f"{low} to {high}"
+        raise wrong(f"gives {len(numbers) or 'no'} numbers", f"this run's puzzles have {many}")
+    if not all(1 <= number <= largest for number in numbers):
+        raise wrong("gives a number outside this run's range", f"choose numbers from 1 to {largest}")
+    if not 1 <= int(target) <= config.target_max:
+        raise wrong("gives a target outside this run's range", f"choose one from 1 to {config.target_max}")
+    return {"numbers": np.asarray(numbers, np.int32), "target": int(target), "solution": ""}
 
 
 # The grader.

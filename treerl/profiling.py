@@ -1,0 +1,70 @@
+"""Traces of some steps of a run: what the device did when, for TensorBoard, XProf or Perfetto."""
+
+import contextlib
+import re
+
+import jax
+from absl import logging
+
+from treerl.errors import UserError
+
+
+def parse_span(text: str | None, steps: int) -> tuple[int, int] | None:
+    """Parses --profile, "FIRST:LAST", as (first, last), both included; None stays None.
+
+    Raises:
+      UserError: it is no span of steps, or ends after `steps`, the run's last.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+    first, last = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(
+            f"--profile={text!r} is no span of steps; write the first and the last of them, such as --profile=3:5."
+        )
+    if last > steps:
+        raise UserError(f"--profile={text!r} ends after the run's last step; choose steps from 1 to {steps}.")
+    return first, last
+
+
+class Trace:
+    """Traces the steps of a span with jax.profiler; without a span it does nothing.
+
+    Args:
+      folder: where the trace goes, as plugins/profile/TIME/ in it.
+      span: (first, last) step, both included, or None.
+      start: last step that is done already; a span that lies before is only warned about, so that
+        a run can be started again with the same flags.
+    """
+
+    def __init__(self, folder: str, span: tuple[int, int] | None, start: int):
+        self._folder, self._span, self._running = folder, span or (0, 0), False
+        if span and span[1] <= start:
+            logging.warning(
+                "--profile=%d:%d lies before step %d, where this run goes on: nothing is traced.", *span, start + 1
+            )
+
+    @contextlib.contextmanager
+    def step(self, number: int):
+        """Around all that belongs to one step, the wait for its results included."""
+        first, last = self._span
+        if first <= number <= last and not self._running:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            yield
+        if number >= last:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what was traced."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
