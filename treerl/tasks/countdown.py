@@ -99,14 +99,14 @@ def parse(text: str, config: ConfigDict) -> dict:
     """The example of a prompt, "3 5 2 7=23:"; the colon may be missing, and commas may separate.
 
     Raises:
-      ValueError: the text is no puzzle, or none of those that the config's task can hold.
+      UserError: the text is no puzzle, or none of those that the config's task can hold.
     """
     low, high, largest = config.numbers_min, config.numbers_max, config.largest
     like = [1 + i % largest for i in range(low)]
     like = f"as in --prompt='{' '.join(map(str, like))}={min(sum(like), config.target_max)}'."
 
     def wrong(what: str, fix: str):
-        return ValueError(f"--prompt={text!r} {what}; {fix}, {like}")
+        return UserError(f"--prompt={text!r} {what}; {fix}, {like}")
 
     left, equals, right = text.strip().removesuffix(":").partition("=")
     words, target = left.replace(",", " ").split(), right.strip()
