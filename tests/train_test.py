@@ -275,7 +275,7 @@ def test_report(runs):
 
 def test_only_what_the_design_names_is_written(runs):
     names = {p.name for p in (runs["folder"] / "killed").iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.html", "profile"}
+    assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.html"}
     assert not list((runs["folder"] / "killed").rglob("*tmp*"))
 
 
@@ -362,7 +362,6 @@ def test_a_finished_run_writes_its_report_again(runs):
 
 NAN = """
 import jax.numpy as jnp
-from absl import app
 from treerl import step
 learn = step.learn
 def broken(fns, state, tree, prompts, credit, knobs):
@@ -370,8 +369,8 @@ def broken(fns, state, tree, prompts, credit, knobs):
     temperature = jnp.where(bad, jnp.nan, knobs["temperature"])
     return learn(fns, state, tree, prompts, credit, dict(knobs, temperature=temperature))
 step.learn = broken
-from launch import train
-app.run(train.main)
+from launch import entry, train
+entry.run(train.main)
 """
 
 
