@@ -9,13 +9,13 @@ import pytest
 from jax.sharding import Mesh
 
 from experiments.countdown import get_config
-from treerl import attention, losses, packing, step, tasks
+from treerl import attention, learner, losses, packing, step, tasks
 from treerl import tree as T
 from treerl.models.policy import make_policy, packed_hidden, token_logps
 from treerl.models.transformer import Model, TransformerConfig
 from treerl.optimizer import make_optimizer
 from treerl.sharding import AXES
-from treerl.types import Prompts, TrainState
+from treerl.types import Cells, Prompts, TrainState
 
 ROWS, SLOTS, WIDTH, VOCAB, TREES = 7, 5, 4, 9, 6
 MODEL = Model(
@@ -41,13 +41,17 @@ def params():
 
 def fns(bin_tokens=ROWS + WIDTH, bins_per_step=2, **changes):
     sizes = step.Sizes(
-        prompts=TREES, slots=SLOTS, prompt=WIDTH, rows=ROWS, budget=ROWS, segment=2, lengths=(ROWS,),
+        slots=SLOTS, rows=ROWS, budget=ROWS, segment=2, lengths=(ROWS,),
         bin_tokens=bin_tokens, bins_per_step=bins_per_step, epochs=1, vocab_chunk=7, remat=False,
     )._replace(**changes)  # fmt: skip
     mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), AXES)
     return step.Fns(
-        sizes=sizes, model=MODEL, optimizer=None, mesh=mesh, branching=None, pruning=None, grader=None, estimator=None,
-        leaf_weight=None, needs_reference=False,
+        sizes=sizes, model=MODEL, optimizer=None, mesh=mesh, branching=None, pruning=None, grader=None, advantage=None,
+        objective=lambda knobs: lambda logp, bins: losses.ppo(
+            logp, bins, clip_low=knobs["clip_low"], clip_high=knobs["clip_high"]
+        ),
+        kl=None, reference=False, overlong=0, proximal="sampler", forced="policy", importance="none",
+        aggregation="token",
     )  # fmt: skip
 
 
@@ -101,10 +105,10 @@ def packed(params, tree, prompts, credit, include=None, **sizes):
 
     @jax.jit
     def run(params, tree, prompts, credit):
-        bins = step.pack(f, tree, prompts, credit, include)
+        bins = learner.pack(f, tree, prompts, credit, include)
         knobs = dict(temperature=jnp.float32(1), clip_low=0.2, clip_high=0.2)
-        grads, (loss, _, _) = step.gradient(
-            f, step.policy_objective(f, None, knobs), params, bins, jnp.sum(credit[2])
+        grads, (loss, _, _) = learner.gradient(
+            f, learner.policy_objective(f, knobs), params, bins, jnp.sum(credit[2])
         )
         return loss, grads, bins
 
@@ -119,7 +123,7 @@ def spread(tree, leaf_credit, leaf_weight):
 def lay_out(tree, prompts, credit, **sizes):
     """The bins of one shard, compiled as a whole."""
     f = fns(**sizes)
-    return jax.jit(lambda *args: step.pack(f, *args, jnp.ones(TREES, bool)))(tree, prompts, credit)
+    return jax.jit(lambda *args: learner.pack(f, *args, jnp.ones(TREES, bool)))(tree, prompts, credit)
 
 
 def assert_close(got, want, rtol=1e-5):
@@ -275,7 +279,7 @@ def test_cached_decoding_equals_the_full_forward(params, rule):
         flat = jax.tree.map(lambda x: x[0], {k: v for k, v in bins.items() if k != "count"})
         module, hidden = packed_hidden(MODEL, params, flat["token"], flat["position"], flat["stop"])
         hidden = jnp.take_along_axis(hidden, flat["parent"][..., None], axis=1).reshape(-1, hidden.shape[-1])
-        logp, _ = token_logps(module, hidden, flat["token"].reshape(-1), jnp.float32(0.9), chunk=64)
+        logp = token_logps(module, hidden, flat["token"].reshape(-1), jnp.float32(0.9), chunk=64)
         owned = np.asarray(flat["weight"]).reshape(-1) > 0
         np.testing.assert_allclose(np.asarray(logp)[owned], np.asarray(flat["logp"]).reshape(-1)[owned], atol=2e-5)
         compared += owned.sum()
@@ -287,11 +291,9 @@ def test_chunked_log_probs_equal_whole_ones(params):
     hidden = jax.random.normal(jax.random.key(0), (23, 16))
     target = jnp.arange(23) % VOCAB
     whole = jax.nn.log_softmax(module.logits(hidden) / 0.7)
-    entropy = -jnp.sum(jnp.exp(whole) * whole, -1)
     for chunk in (5, 23, 100):
-        logp, got = token_logps(module, hidden, target, 0.7, chunk=chunk)
+        logp = token_logps(module, hidden, target, 0.7, chunk=chunk)
         np.testing.assert_allclose(logp, whole[jnp.arange(23), target], atol=1e-5)
-        np.testing.assert_allclose(got, entropy, atol=1e-5)
 
 
 def test_windows_longer_than_the_answer_are_refused():
@@ -342,7 +344,7 @@ def test_k3_is_positive_and_unbiased():
 def fresh(params, optimizer, reference=None):
     return TrainState(
         params=params, opt_state=optimizer.init(params), reference=reference, step=jnp.int32(0),
-        key=jnp.zeros(2, jnp.uint32), position=jnp.int32(0), skipped=jnp.int32(0),
+        memory={}, key=jnp.zeros(2, jnp.uint32), position=jnp.int32(0), skipped=jnp.int32(0),
     )  # fmt: skip
 
 
@@ -350,12 +352,17 @@ def learned(params, kl=0.0, reference=None, epochs=1, credit_scale=1.0):
     """(state, metrics) of `learn` with plain gradient descent on one batch."""
     tree, prompts, credit, weight = batch(9)
     f = fns(bin_tokens=24, epochs=epochs)._replace(
-        optimizer=optax.sgd(0.5), needs_reference=reference is not None
+        optimizer=optax.with_extra_args_support(optax.sgd(0.5)), kl=losses.kl_k3 if reference is not None else None
     )
     state = fresh(params, f.optimizer, reference)
     knobs = dict(temperature=jnp.float32(1), clip_low=0.2, clip_high=0.2, kl=kl)
-    run = jax.jit(lambda s, *data: step.learn(f, s, *data, knobs))
-    return run(state, tree, prompts, spread(tree, credit * credit_scale, weight))
+
+    @jax.jit
+    def run(state, tree, prompts, cells):
+        logp = None if reference is None else learner.cell_logps(f, state.reference, tree, prompts, jnp.float32(1))
+        return step.learn(f, state, tree, prompts, cells, jnp.sum(cells.weight), knobs, reference=logp)
+
+    return run(state, tree, prompts, Cells(*spread(tree, credit * credit_scale, weight)))
 
 
 def test_kl_to_a_reference_is_added_and_vanishes_at_the_policy_itself(params):
@@ -389,7 +396,7 @@ def assert_untouched(after, before, skipped):
 @pytest.mark.parametrize("loss, entry", [(np.nan, 0.5), (np.inf, 0.5), (1.0, np.nan), (1.0, -np.inf)])
 def test_an_update_that_is_not_finite_changes_nothing(loss, entry):
     """One entry of one array of the gradient is enough; the next good update counts from 0 again."""
-    f = fns()._replace(optimizer=make_optimizer(get_config().optimizer, 10))
+    f = fns()._replace(optimizer=optax.with_extra_args_support(make_optimizer(get_config().optimizer, 10)))
     update = jax.jit(lambda *args: step.update(f, *args), donate_argnums=0)
     good = {"a": jnp.ones((3, 2)), "b": jnp.ones(4)}
     bad = dict(good, b=good["b"].at[2].set(entry))
@@ -414,18 +421,20 @@ def test_nan_credit_reaches_neither_policy_nor_optimizer(params):
 
 
 def test_a_supervised_update_that_is_not_finite_changes_nothing(params, monkeypatch):
-    f = fns(bin_tokens=24)._replace(optimizer=optax.adam(0.1))
+    f = fns(bin_tokens=24)._replace(optimizer=optax.with_extra_args_support(optax.adam(0.1)))
     state = fresh(params, f.optimizer)
     answer = jnp.ones((TREES, ROWS), jnp.int32), jnp.full(TREES, 3)
     likelihood = losses.likelihood
-    monkeypatch.setattr(losses, "likelihood", lambda logp, weight: likelihood(logp, weight) / 0 * 0)
+    broken = lambda logp, bins: likelihood(logp, bins)._replace(sum=likelihood(logp, bins).sum / 0 * 0)
+    monkeypatch.setattr(losses, "likelihood", broken)
     after, metrics = jax.jit(lambda *args: step.supervised_step(f, *args))(state, batch(9)[1], *answer)
     assert_untouched(after, state, skipped=1)
     assert int(metrics["skipped"]) == 1 and np.isnan(metrics["loss"])
 
 
 def test_unknown_names_are_refused():
-    for section, field in (("advantage", "name"), ("branching", "rule"), ("pruning", "rule"), ("learner", "weighting")):
+    for section, field in (("advantage", "name"), ("branching", "rule"), ("pruning", "rule"), ("learner", "aggregation"), ("learner", "objective"),
+                           ("learner", "kl_estimate"), ("learner", "proximal"), ("learner", "forced"), ("learner", "importance")):
         config = get_config()
         config[section][field] = "magic"
         with pytest.raises(ValueError, match=f"{section}.{field}='magic' is unknown; known are "):

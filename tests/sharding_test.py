@@ -214,9 +214,14 @@ def test_bins_do_not_change_the_gradient(first):
     tiny, wanted, metrics = first
     tree, reward = metrics["tree"], metrics["graded"]
     other = Tiny(one_device(), bin_tokens=64, bins_per_step=3)
-    _, credit = jax.jit(functools.partial(S.estimate, other.fns))(tree, reward)
-    learn = jax.jit(functools.partial(S.learn, other.fns))
-    state, learned = learn(other.state(), tree, tiny.prompts(), credit, other.knobs)
+
+    @jax.jit
+    def learn(state, tree, prompts, reward, knobs):
+        credit, weight, *_ = S.estimate(other.fns, state, tree, prompts, reward, knobs)
+        cells, denominators = jax.vmap(lambda *one: S.weigh(other.fns, *one, knobs))(tree, credit, weight)
+        return S.learn(other.fns, state, tree, prompts, cells, jnp.sum(denominators), knobs)
+
+    state, learned = learn(other.state(), tree, tiny.prompts(), reward, other.knobs)
     actual = numbers(state, dict(tree=tree, graded=reward))
     assert_close(actual, wanted, "grad[")
     assert_close(actual, wanted, "params")

@@ -364,10 +364,10 @@ NAN = """
 import jax.numpy as jnp
 from treerl import step
 learn = step.learn
-def broken(fns, state, tree, prompts, credit, knobs):
+def broken(fns, state, tree, prompts, cells, denominator, knobs, **more):
     bad = jnp.isin(state.step, jnp.array([2, 3, 5, 6, 7, 8]))
     temperature = jnp.where(bad, jnp.nan, knobs["temperature"])
-    return learn(fns, state, tree, prompts, credit, dict(knobs, temperature=temperature))
+    return learn(fns, state, tree, prompts, cells, denominator, dict(knobs, temperature=temperature), **more)
 step.learn = broken
 from launch import entry, train
 entry.run(train.main)

@@ -1,4 +1,4 @@
-"""Every field of an experiment, with its default. Only `step.make_fns` and `train` read it."""
+"""Every field of an experiment, with its default. Only `functions` and the host loop read the whole of it."""
 import difflib
 
 from ml_collections import ConfigDict
@@ -77,6 +77,7 @@ def default() -> ConfigDict:
         dict(
             name="branch_depthwise",  # see treerl.advantages
             options=ConfigDict(),  # keyword arguments of the estimator: --config.advantage.options="{'std': False}"
+            multipliers=ConfigDict(),  # novelty, ear, ace, gdro and their options: "{'ear': {}, 'ace': {'alpha': 0.5}}"
         ),
         convert_dict=False,
     )
@@ -85,11 +86,21 @@ def default() -> ConfigDict:
             bin_tokens=64,  # C: tokens that attend together
             bins_per_step=8,  # microbatch: bins of one forward and backward pass, per shard
             epochs=1,  # updates on the same trees
+            objective="ppo",  # ppo, cispo, gspo: see treerl.losses
             clip_low=0.2,  # no gain below the ratio 1 - clip_low ...
             clip_high=0.2,  # ... and above 1 + clip_high
-            kl=0.0,  # weight of the KL to the policy after the warm start; 0 keeps no reference
-            weighting="token",  # token: every token counts alike; sequence: every rollout does
-            #                     (a shared cell with credit of its own then weighs the sum of its leaves)
+            dual_clip=0.0,  # ppo: bound above 1 on ratios of negative credit, such as 3; 0: none
+            aggregation="token",  # token: every token counts alike; sequence: every rollout does; constant: every
+            #                       token, divided by rollouts x answer_length
+            proximal="sampler",  # whose log-probs ratios start from: the sampler's, or the learner's own, computed once more
+            importance="none",  # weight of policy over sampler a token: none, truncate (at the cap), mask (0 above the cap)
+            importance_cap=2.0,  # of that weight
+            forced="policy",  # tokens that a rule forced: policy (like drawn ones), mask (left out), importance (their
+            #                   probability, truncated)
+            kl=0.0,  # weight of the KL to the reference policy, that of the end of the warm start; above 0 keeps one
+            kl_estimate="k3",  # k1, k2, k3: see treerl.losses
+            reference=False,  # keep the reference policy for advantage.multipliers=ace even without a KL
+            overlong_buffer=0,  # tokens before answer_length in which the reward falls by up to 1; 0: none
             vocab_chunk=1024,  # tokens whose logits exist at a time
             remat=False,  # recompute layers in the backward pass
             max_skipped=10,  # updates skipped in a row for a loss or gradient that is not finite; one more ends the run
@@ -104,6 +115,8 @@ def default() -> ConfigDict:
             b1=0.9,  # decay of the mean of gradients
             b2=0.99,  # decay of the mean of their squares
             weight_decay=0.0,  # decoupled, a multiple of the learning rate
+            ess="none",  # none, sqrt, linear: scale updates by the effective sample size of the rollouts (VCPO)
+            ess_base=1.0,  # share of effective rollouts from which an update has its full size
         )
     )
     config.warm_start = ConfigDict(
@@ -129,10 +142,13 @@ def default() -> ConfigDict:
     return config
 
 
+OPTIONS = ("advantage.options", "advantage.multipliers")  # checked where the functions that take them are known
+
+
 def fields(config, prefix: str = ""):
-    """(dotted name, value) of every field of a config or nested dict; advantage.options is one field."""
+    """(dotted name, value) of every field of a config or nested dict; each dict of options is one field."""
     for name, value in config.items():
-        if isinstance(value, (dict, ConfigDict)) and prefix + name != "advantage.options":
+        if isinstance(value, (dict, ConfigDict)) and prefix + name not in OPTIONS:
             yield from fields(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
@@ -161,11 +177,13 @@ RULES = (
         evaluation.every evaluation.examples evaluation.samples evaluation.batch"""),
     ("0 or more", lambda x: x >= 0, """
         seed steps branching.tau_abs branching.tau_rel branching.fill_after pruning.tau_ed
-        learner.clip_low learner.clip_high learner.kl learner.max_skipped
+        learner.clip_low learner.clip_high learner.kl learner.max_skipped learner.overlong_buffer
         optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay
         warm_start.steps warm_start.learning_rate"""),
-    ("a number above 0", lambda x: x > 0, "model.rope_theta sampler.temperature optimizer.clip_norm"),
-    ("a number above 0, at most 1", lambda x: 0 < x <= 1, "sampler.top_p"),
+    ("a number above 0", lambda x: x > 0, """
+        model.rope_theta sampler.temperature optimizer.clip_norm learner.importance_cap"""),
+    ("a number above 0, at most 1", lambda x: 0 < x <= 1, "sampler.top_p optimizer.ess_base"),
+    ("0, or a number above 1", lambda x: x == 0 or x > 1, "learner.dual_clip"),
     ("a number from 0 to below 1", lambda x: 0 <= x < 1, "optimizer.b1 optimizer.b2"),
     ("float32, bfloat16 or float16", ("float32", "bfloat16", "float16").__contains__, "model.dtype model.param_dtype"),
     ("lengths of 1 or more, such as (4, 6)", _are_lengths, "sampler.lengths pruning.windows"),

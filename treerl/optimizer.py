@@ -1,4 +1,6 @@
 """Config to Optax chain and schedule."""
+import jax
+import jax.numpy as jnp
 import optax
 
 from treerl.errors import UserError
@@ -20,7 +22,32 @@ def make_optimizer(config, steps: int) -> optax.GradientTransformation:
         schedule = optax.linear_schedule(0.0 if warmup else config.learning_rate, config.learning_rate, warmup)
     else:
         raise UserError(f"optimizer.schedule={config.schedule!r} is unknown; use 'constant' or 'cosine'.")
+    if config.ess not in ESS:
+        raise UserError(f"optimizer.ess={config.ess!r} is unknown; known are none, {', '.join(sorted(set(ESS) - {'none'}))}.")
+    scale = [] if config.ess == "none" else [scale_by_ess(config.ess_base, rule=config.ess)]
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+        *scale,
     )
+
+
+ESS = {"none": None, "sqrt": jnp.sqrt, "linear": lambda x: x}
+
+
+def scale_by_ess(base: float = 1.0, *, rule: str = "sqrt") -> optax.GradientTransformationExtraArgs:
+    """Scales updates by how many of the rollouts count: update * f(min(1, ess / base)).
+
+    VCPO, arXiv 2602.17616: ess = (sum w)^2 / (n sum w^2) in [1 / n, 1] of the rollouts' importance weights, f the
+    square root with Adam (`linear` for SGD). Placed after Adam it scales the learning rate. The
+    update function takes `ess` as an extra argument, 1 where it is not given.
+
+    Args:
+      base: ess from which updates have their full size.
+    """
+
+    def update(updates, state, params=None, *, ess=1.0, **_):
+        factor = ESS[rule](jnp.minimum(1.0, jnp.asarray(ess, jnp.float32) / base))
+        return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)

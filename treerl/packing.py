@@ -25,7 +25,9 @@ class Bins:
     positive: jax.Array  # [N, C] float32, sum of positive credit
     negative: jax.Array  # [N, C] float32, sum of negative credit
     weight: jax.Array  # [N, C] float32, 0 for prompts, context and padding
-    logp: jax.Array  # [N, C] float32, log-prob of the token when it was sampled
+    logp: jax.Array  # [N, C] float32, log-prob by the policy that the ratio starts from
+    reference: jax.Array  # [N, C] float32, log-prob by the reference policy; 0 without one
+    cell: jax.Array  # [N, C] int32, index into the shard's B * S * K cells; -1 for prompts and padding
     count: jax.Array  # [] int32
 
 
@@ -44,6 +46,13 @@ def bin_bound(trees: int, leaves: int, longest: int, size: int) -> int:
             "raise it so that any one path fits into a bin."
         )
     return min(trees * leaves, 2 * -(-trees * leaves * longest // size) + 1)
+
+
+def unpack(values: jax.Array, bins: Bins, like: jax.Array) -> jax.Array:
+    """Numbers of tokens [N, C] back in their cells: like `like` [B, S, K], 0 in cells that no bin owns."""
+    owned = bins.weight > 0  # repeated context would write a cell twice
+    index = jnp.where(owned, bins.cell, like.size).reshape(-1)
+    return jnp.zeros((like.size,), values.dtype).at[index].set(values.reshape(-1), mode="drop").reshape(like.shape)
 
 
 def leaf_order(tree: T.Tree) -> tuple[jax.Array, jax.Array]:
@@ -97,16 +106,26 @@ def _assign(length, shared, prompt, size):
     return start.reshape(length.shape), whole.reshape(length.shape), used + (fill > 0)
 
 
-def pack(tree: T.Tree, prompts: Prompts, credit, include: jax.Array, *, size: int, bins: int) -> Bins:
+def pack(
+    tree: T.Tree, prompts: Prompts, credit, include: jax.Array | None = None, *,
+    reference: jax.Array | None = None, size: int, bins: int | None = None,
+) -> Bins:  # fmt: skip
     """Packs batched trees into bins.
 
     Args:
-      tree: B trees. prompts: theirs. credit: (positive, negative, weight), each [B, S, K].
-      include: [B] bool; other trees are left out (a tree without credit has no gradient).
-      size: C, tokens a bin (static). bins: N (static), see `bin_bound`.
+      tree: B trees, whose logp_policy is what ratios start from. prompts: theirs.
+      credit: (positive, negative, weight), each [B, S, K].
+      include: [B] bool; other trees are left out (a tree without credit has no gradient). None: all.
+      reference: [B, S, K] log-probs by the reference policy, or None.
+      size: C, tokens a bin (static). bins: N (static); None: as many as always suffice, see
+        `bin_bound`. With fewer, what does not fit is dropped, and `count` is more than N.
     """
     batch, rows, slots = tree.token.shape
     width = prompts.token.shape[1]
+    bound = bin_bound(batch, tree.leaf.shape[1], width + rows, size)
+    bins = bound if bins is None else bins
+    include = jnp.ones((batch,), bool) if include is None else include
+    reference = jnp.zeros(tree.token.shape) if reference is None else reference
     order, shared = jax.vmap(leaf_order)(tree)
     path = jnp.take_along_axis(tree.leaf_path, order[..., None], axis=1)  # [B, L, S]
     length = jnp.sum(path >= 0, axis=-1) * include[:, None]
@@ -188,5 +207,7 @@ def pack(tree: T.Tree, prompts: Prompts, credit, include: jax.Array, *, size: in
         negative=negative,
         weight=weight,
         logp=fetch(0.0, tree.logp_policy, real),
+        reference=fetch(0.0, reference, real),
+        cell=jnp.where(real.reshape(bins, size), fetch(-1, jnp.arange(batch * rows * slots), real), -1),
         count=count.astype(jnp.int32),
     )

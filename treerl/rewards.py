@@ -20,3 +20,16 @@ def grade(tree: T.Tree, data, grader: Callable) -> jax.Array:
         return jax.numpy.where(T.leaf_valid(tree), reward, 0.0)
 
     return jax.vmap(one_tree)(tree, data)
+
+
+def overlong(tree: T.Tree, buffer: int) -> jax.Array:
+    """Soft punishment of length: 0 up to S - buffer tokens, then falling to -1 at S: float32 [L].
+
+    DAPO, arXiv 2503.14476, eq. 13, with S rows as its longest answer. An answer cut off there has -1.
+
+    Args:
+      tree: one tree. buffer: tokens over which it falls, at least 1.
+    """
+    allowed = tree.token.shape[0] - buffer
+    punished = -(T.leaf_length(tree) - allowed).astype(jax.numpy.float32) / buffer
+    return jax.numpy.where(T.leaf_valid(tree), jax.numpy.clip(punished, -1.0, 0.0), 0.0)

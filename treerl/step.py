@@ -1,158 +1,31 @@
-"""One functional training step: sample, grade, estimate, pack, update.
+"""One functional training step: from prompts to updated parameters.
 
-    train_step(state, prompts, knobs) -> state, metrics
+    train_step(fns, state, prompts, knobs) -> state, metrics
 
-Everything between the prompts and the updated parameters is one program that XLA compiles and
-shards. `make_fns` is the only function here that reads the config: it chooses the functions;
-`knobs` holds the numbers, traced, so that changing one compiles nothing.
+    1. sample    grow a tree for every prompt                       `rollout`
+    2. grade     a reward for every leaf                            `grade`
+    3. estimate  credit from rewards and the shape of the tree      `estimate`
+    4. weigh     what a token counts: aggregation, forced tokens, importance    `weigh`
+    5. learn     pack the trees, each token once, and update        `learn`
+
+All of it is one program that XLA compiles and shards. `fns` are the functions that a config
+chose (`treerl.functions`); `knobs` are its numbers, traced, so that changing one compiles nothing.
 """
-import functools
-import inspect
-from typing import Any, Callable, NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
-from treerl import branching, losses, packing, pruning, rewards, sampler, sharding
+from treerl import branching, pruning, rewards, sampler, sharding
 from treerl import tree as T
-from treerl.advantages import ESTIMATORS
-from treerl.config import fits
-from treerl.errors import UserError
+from treerl.functions import Fns, Sizes, make_fns, make_knobs
+from treerl.learner import (
+    cell_logps, gradient, gradient_norms, pack, policy_objective, supervised_objective,
+)  # fmt: skip
 from treerl.metrics import describe
-from treerl.models.policy import make_policy, packed_hidden, token_logps
-from treerl.models.transformer import Model, TransformerConfig
-from treerl.optimizer import make_optimizer
-from treerl.tasks import Task
-from treerl.types import Prompts, TrainState
+from treerl.models.policy import make_policy
+from treerl.types import Cells, Prompts, TrainState
 
-
-class Sizes(NamedTuple):
-    """Static sizes; see `treerl.config` for their meaning."""
-
-    prompts: int
-    slots: int
-    prompt: int
-    rows: int
-    budget: int
-    segment: int
-    lengths: tuple[int, ...]
-    bin_tokens: int
-    bins_per_step: int
-    epochs: int
-    vocab_chunk: int
-    remat: bool
-
-
-class Fns(NamedTuple):
-    """The functions that a config chooses; a training step is their composition."""
-
-    sizes: Sizes
-    model: Model
-    optimizer: optax.GradientTransformation
-    mesh: Mesh
-    branching: Callable  # (knobs, step) -> Branching
-    pruning: Callable  # (knobs) -> Pruning
-    grader: Callable  # (tokens [S], length [], data) -> [] float32
-    estimator: Callable  # (tree, reward [L]) -> leaf credit [L] or cell credit [S, K]
-    leaf_weight: Callable  # (tree) -> [L] float32, weight of each token of a leaf, or None
-    needs_reference: bool
-
-
-def _known(name: str, table: dict, field: str):
-    if name not in table:
-        raise UserError(f"{field}={name!r} is unknown; known are {', '.join(sorted(table))}.")
-    return table[name]
-
-
-def _estimator(name: str, options) -> Callable:
-    """The estimator of a name with its options, keyword arguments that take the types of their defaults."""
-    estimator = _known(name, ESTIMATORS, "advantage.name")
-    known = {k: p.default for k, p in inspect.signature(estimator).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    for option, value in options.items():
-        if option not in known:
-            names = ", ".join(sorted(known))
-            raise UserError(f"advantage.options has no {option!r} for advantage.name={name}; known are {names}.")
-        like = known[option]
-        if not fits(value, like):
-            kind = type(like).__name__
-            raise UserError(f"advantage.options.{option}={value!r} is no {kind}; set one such as {like!r}.")
-    return functools.partial(estimator, **options)
-
-
-def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
-    """Chooses the functions of a config. `optimizer` replaces the config's own."""
-    s, l, b, p = config.sampler, config.learner, config.branching, config.pruning
-
-    def lookahead(knobs, step):
-        share = knobs["share"][jnp.sum(knobs["share_from"] <= step) - 1]
-        return branching.lookahead(
-            tau_abs=knobs["tau_abs"], tau_rel=knobs["tau_rel"], share=share, greedy=knobs["greedy"],
-            fill_after=knobs["fill_after"], max_children=b.max_children,
-        )  # fmt: skip
-
-    branchings = {"stochastic": lambda knobs, step: branching.stochastic(), "lookahead": lookahead}
-    windows = tuple(p.windows)
-    if p.rule == "similarity" and (not windows or not 1 <= min(windows) <= max(windows) <= s.answer_length):
-        raise UserError(
-            f"pruning.windows={windows} must be lengths from 1 to sampler.answer_length={s.answer_length}; "
-            "shorten them, or set pruning.rule=none."
-        )
-    prunings = {
-        "none": lambda knobs: pruning.none(),
-        "similarity": lambda knobs: pruning.similarity(windows=windows, tau_ed=knobs["tau_ed"]),
-    }
-    weightings = {
-        "token": lambda tree: None,
-        "sequence": lambda tree: 1 / jnp.maximum(T.leaf_length(tree), 1).astype(jnp.float32),
-    }
-    forks = b.rule != "stochastic"
-    if s.prompts % sharding.tree_shards(mesh):
-        shards = sharding.tree_shards(mesh)
-        raise UserError(
-            f"sampler.prompts={s.prompts} does not divide over mesh.data x mesh.fsdp = {shards} shards; "
-            "make it a multiple."
-        )
-    packing.bin_bound(s.prompts, s.slots, s.prompt_length + s.answer_length, l.bin_tokens)
-    return Fns(
-        sizes=Sizes(
-            prompts=s.prompts, slots=s.slots, prompt=s.prompt_length, rows=s.answer_length,
-            budget=s.answer_length + (b.fill_after + 1 if forks else 0), segment=s.segment,
-            lengths=tuple(s.lengths) + (s.answer_length,), bin_tokens=l.bin_tokens,
-            bins_per_step=l.bins_per_step, epochs=l.epochs, vocab_chunk=l.vocab_chunk, remat=l.remat,
-        ),
-        model=Model(TransformerConfig(vocab=task.tokenizer.vocab_size, **config.model)),
-        optimizer=optimizer or make_optimizer(config.optimizer, config.steps * l.epochs),
-        mesh=mesh,
-        branching=_known(b.rule, branchings, "branching.rule"),
-        pruning=_known(p.rule, prunings, "pruning.rule"),
-        grader=task.grade,
-        estimator=_estimator(config.advantage.name, config.advantage.options),
-        leaf_weight=_known(l.weighting, weightings, "learner.weighting"),
-        needs_reference=l.kl > 0,
-    )  # fmt: skip
-
-
-def make_knobs(config, task: Task) -> dict:
-    """The traced numbers of a config."""
-    b, f32 = config.branching, jnp.float32
-    return dict(
-        temperature=f32(config.sampler.temperature),
-        top_p=f32(config.sampler.top_p),
-        eos=jnp.atleast_1d(jnp.int32(task.tokenizer.eos_id)),
-        tau_abs=f32(b.tau_abs),
-        tau_rel=f32(b.tau_rel),
-        share_from=jnp.array([step for step, _ in b.share], jnp.int32),
-        share=jnp.array([share for _, share in b.share], f32),
-        fill_after=jnp.int32(b.fill_after),
-        greedy=jnp.bool_(b.greedy),
-        tau_ed=f32(config.pruning.tau_ed),
-        clip_low=f32(config.learner.clip_low),
-        clip_high=f32(config.learner.clip_high),
-        kl=f32(config.learner.kl),
-    )
-
+__all__ = ["Fns", "Sizes", "make_fns", "make_knobs"]
 
 # --- the state -----------------------------------------------------------------------------
 
@@ -164,7 +37,8 @@ def init_state(fns: Fns, seed: int) -> TrainState:
     return TrainState(
         params=params,
         opt_state=fns.optimizer.init(params),
-        reference=jax.tree.map(jnp.copy, params) if fns.needs_reference else None,
+        reference=jax.tree.map(jnp.copy, params) if fns.reference else None,
+        memory=fns.advantage.memory,
         step=jnp.int32(0),
         key=jax.random.key_data(jax.random.fold_in(key, 1)),
         position=jnp.int32(0),
@@ -176,7 +50,7 @@ def restart(fns: Fns, state: TrainState) -> TrainState:
     """A fresh optimizer, and the policy as it is for reference: the start of a new phase."""
     return state.replace(
         opt_state=fns.optimizer.init(state.params),
-        reference=jax.tree.map(jnp.copy, state.params) if fns.needs_reference else None,
+        reference=jax.tree.map(jnp.copy, state.params) if fns.reference else None,
         skipped=jnp.int32(0),
     )
 
@@ -191,7 +65,8 @@ def state_shardings(fns: Fns):
         opt_state=optax.tree_map_params(
             fns.optimizer, lambda _, s: s, abstract, params, transform_non_params=lambda _: everywhere
         ),
-        reference=params if fns.needs_reference else None,
+        reference=params if fns.reference else None,
+        memory=jax.tree.map(lambda _: everywhere, fns.advantage.memory),
         step=everywhere,
         key=everywhere,
         position=everywhere,
@@ -228,129 +103,108 @@ def rollout(fns: Fns, params, prompts: Prompts, key, step, knobs, *, slots=None)
     )
 
 
+def grade(fns: Fns, tree: T.Tree, prompts: Prompts) -> tuple[jax.Array, jax.Array]:
+    """Rewards of all leaves, float32 [B, L]: as graded, and as trained on, with length punished."""
+    reward = rewards.grade(tree, prompts.data, fns.grader)
+    if not fns.overlong:
+        return reward, reward
+    return reward, reward + jax.vmap(lambda t: rewards.overlong(t, fns.overlong))(tree)
+
+
 def evaluate_step(fns: Fns, params, prompts: Prompts, key, knobs, *, samples: int):
     """Rewards of independent samples: float32 [B, samples]."""
     tree, _ = rollout(fns, params, prompts, key, 0, knobs, slots=samples)
     return rewards.grade(tree, prompts.data, fns.grader)
 
 
+# --- credit --------------------------------------------------------------------------------
+
+
+def estimate(fns: Fns, state: TrainState, tree: T.Tree, prompts: Prompts, reward: jax.Array, knobs):
+    """Credit of batched trees, and what the estimator and the losses read beside them.
+
+    Args:
+      reward: [B, L], as trained on.
+
+    Returns:
+      (credit [B, L] or [B, S, K], leaf_weight [B, L], memory, extras: name -> [B, ...]).
+    """
+    needs, temperature = set(fns.advantage.needs), knobs["temperature"]
+    extras = {}
+    if fns.kl is not None or "reference_logp" in needs:
+        extras["reference_logp"] = cell_logps(fns, state.reference, tree, prompts, temperature)
+    if "gradient_norm" in needs:
+        extras["gradient_norm"] = gradient_norms(fns, state.params, tree, prompts, temperature)
+    extras["importance"] = jax.vmap(leaf_importance)(tree)
+    credit, leaf_weight, memory = fns.advantage.credit(tree, reward, extras, state.memory)
+    return credit, leaf_weight, memory, extras
+
+
+def behavior(tree: T.Tree) -> jax.Array:
+    """Log-prob of each token by what the sampler did; a forced token counts as drawn from the policy: [S, K]."""
+    return jnp.where(tree.source == T.FORCED, tree.logp_policy, tree.logp_behavior)
+
+
+def leaf_importance(tree: T.Tree) -> jax.Array:
+    """Probability of each leaf's tokens by the policy over the sampler's: float32 [L]."""
+    change = T.down(tree, jnp.where(T.kept(tree), tree.logp_policy - behavior(tree), 0))
+    return jnp.exp(jnp.clip(change, -20, 20))
+
+
+def weigh(fns: Fns, tree: T.Tree, credit, leaf_weight, knobs) -> tuple[Cells, jax.Array]:
+    """What each cell of one tree contributes, and what the batch's loss is divided by.
+
+    Aggregation over tokens (see `learner.aggregation` of the config), with n_l tokens on leaf l:
+      token: every token counts alike, divided by their number (DAPO's and verl's token-mean);
+      sequence: 1 / n_l a token, divided by the number of leaves (GRPO's; a shared cell with
+        credit of its own weighs the sum over its leaves);
+      constant: every token counts alike, divided by leaves x S (Dr. GRPO, arXiv 2503.20783).
+    With leaf credit a cell counts once for each leaf below it, with cell credit once.
+
+    A forced token (`learner.forced`) is trained like a drawn one (policy, as the papers do), not at
+    all (mask, nor counted in n_l or the number of tokens), or with the truncated weight min(p, cap), p its
+    probability (importance: the rule chose it with probability 1). `learner.importance` gives
+    all other tokens the weight w = p(policy) / p(sampler), truncated at the cap, or 0 above it (mask). Weights multiply
+    credit, not the denominator (verl, trl, AReaL). They are data, without gradient.
+
+    Args:
+      credit: [L] or [S, K]. leaf_weight: [L], 0 for leaves left out.
+
+    Returns:
+      (Cells of [S, K], denominator []).
+    """
+    kept, forced = T.kept(tree), tree.source == T.FORCED
+    counted = kept & ~forced if fns.forced == "mask" else kept
+    length = T.down(tree, counted.astype(jnp.float32))
+    leaf_weight = leaf_weight * (length > 0)
+    each = leaf_weight / jnp.maximum(length, 1) if fns.aggregation == "sequence" else leaf_weight
+    if credit.ndim == 1:
+        cells = T.spread(tree, leaf_credit=credit, leaf_weight=each)
+    else:
+        cells = T.spread(tree, cell_credit=credit, leaf_weight=each if fns.aggregation == "sequence" else None)
+    positive, negative, weight = (jnp.where(counted, x, 0) for x in cells)
+    denominator = dict(
+        token=jnp.sum(weight), sequence=jnp.sum(leaf_weight), constant=jnp.sum(leaf_weight) * tree.token.shape[0]
+    )[fns.aggregation]
+
+    cap, p = knobs["importance_cap"], jnp.exp(jnp.clip(tree.logp_policy - tree.logp_behavior, -20, 20))
+    drawn = dict(none=jnp.ones_like(p), truncate=jnp.minimum(p, cap), mask=jnp.where(p <= cap, p, 0))[fns.importance]
+    factor = jnp.where(forced, jnp.minimum(p, cap) if fns.forced == "importance" else 1.0, drawn)
+    return Cells(positive * factor, negative * factor, weight), denominator
+
+
 # --- learn ---------------------------------------------------------------------------------
 
 
-def estimate(fns: Fns, tree: T.Tree, reward: jax.Array):
-    """Credit of batched trees: (as estimated, (positive, negative, weight) each [B, S, K])."""
-
-    def one(tree, reward):
-        credit = fns.estimator(tree, reward)
-        kind = "leaf_credit" if credit.ndim == 1 else "cell_credit"
-        return credit, T.spread(tree, leaf_weight=fns.leaf_weight(tree), **{kind: credit})
-
-    return jax.vmap(one)(tree, reward)
-
-
-def pack(fns: Fns, tree: T.Tree, prompts: Prompts, credit, include) -> packing.Bins:
-    """Packs each shard's trees into its own bins: leaves [shards, N, C], count [shards]."""
-    shards = sharding.tree_shards(fns.mesh)
-    batch = tree.token.shape[0] // shards
-    size = fns.sizes
-    rows, leaves = tree.token.shape[1], tree.leaf.shape[1]
-    bound = packing.bin_bound(batch, leaves, prompts.token.shape[1] + rows, size.bin_tokens)
-    bound = -(-bound // size.bins_per_step) * size.bins_per_step
-    split = lambda x: x.reshape(shards, batch, *x.shape[1:])
-    one = functools.partial(packing.pack, size=size.bin_tokens, bins=bound)
-    bins = jax.vmap(one)(*jax.tree.map(split, (tree, prompts, credit, include)))
-    return jax.lax.with_sharding_constraint(bins, sharding.trees(fns.mesh))
-
-
-def policy_objective(fns: Fns, reference, knobs):
-    """The clipped objective, with KL to a reference if there is one."""
-
-    def objective(params, bins: packing.Bins):
-        logp, _ = bin_logps(fns, params, bins, knobs["temperature"])
-        loss, is_clipped = losses.clipped(
-            logp, bins.logp, bins.positive, bins.negative, clip_low=knobs["clip_low"], clip_high=knobs["clip_high"]
-        )
-        drift = jnp.where(bins.weight > 0, jnp.abs(logp - bins.logp), 0)
-        sums = dict(
-            clipped=jnp.sum(is_clipped * bins.weight), drift=jnp.sum(drift * bins.weight), weight=jnp.sum(bins.weight)
-        )
-        if reference is not None:
-            before, _ = bin_logps(fns, reference, bins, knobs["temperature"])
-            kl = jnp.where(bins.weight > 0, losses.kl_k3(logp, before), 0) * bins.weight
-            loss = loss + knobs["kl"] * kl
-            sums["kl"] = jnp.sum(kl)
-        return jnp.sum(loss), (sums, jnp.max(drift))
-
-    return objective
-
-
-def supervised_objective(fns: Fns):
-    """The likelihood of reference answers."""
-
-    def objective(params, bins: packing.Bins):
-        logp, _ = bin_logps(fns, params, bins, jnp.float32(1))
-        return jnp.sum(losses.likelihood(logp, bins.weight)), ({}, jnp.float32(0))
-
-    return objective
-
-
-def bin_logps(fns: Fns, params, bins: packing.Bins, temperature):
-    """Log-prob and entropy [N, C] of every token of a bin, given its parent; 0 where padded."""
-    size = fns.sizes
-    module, hidden = packed_hidden(fns.model, params, bins.token, bins.position, bins.stop, remat=size.remat)
-    hidden = jnp.take_along_axis(hidden, bins.parent[..., None], axis=1)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    logp, entropy = token_logps(module, flat, bins.token.reshape(-1), temperature, chunk=size.vocab_chunk)
-    real = bins.weight > 0
-    shape = lambda x: jnp.where(real, x.reshape(real.shape), 0)
-    return shape(logp), shape(entropy)
-
-
-def gradient(fns: Fns, objective, params, bins: packing.Bins, weight):
-    """Gradient of (sum over all bins) / weight, microbatch by microbatch.
-
-    The number of microbatches is data: as many as the fullest shard needs. Sums are divided
-    once, so neither it nor the number of bins or shards changes the gradient.
+def update(fns: Fns, state: TrainState, grads, loss, ess=1.0) -> tuple[TrainState, dict]:
+    """One Optax update; parameters and optimizer stay as they are if loss or gradient is not finite.
 
     Args:
-      objective: (params, Bins of [n, C]) -> (loss sum, (dict of sums, a maximum)).
-      bins: [shards, N, C]. weight: [] float32, of the whole batch.
-
-    Returns:
-      (gradient, (loss, sums / weight, maximum)).
+      ess: [] effective sample size of the batch's rollouts over their number, for optimizers that read it.
     """
-    step, shards = fns.sizes.bins_per_step, bins.token.shape[0]
-    arrays = {k: v for k, v in bins.items() if k != "count"}
-
-    def micro(i):
-        take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * step, step, axis=1).reshape(shards * step, -1)
-        return packing.Bins(count=bins.count, **jax.tree.map(take, arrays))
-
-    value = jax.value_and_grad(jax.jit(objective), has_aux=True)  # traced once, for its shapes too
-    shapes = jax.eval_shape(value, params, jax.eval_shape(micro, 0))
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)  # whatever the parameters are
-
-    def body(carry):
-        i, ((loss, (sums, top)), grads) = carry
-        (new_loss, (new_sums, new_top)), new_grads = value(params, micro(i))
-        add = functools.partial(jax.tree.map, jnp.add)
-        total = (loss + new_loss, (add(sums, new_sums), jnp.maximum(top, new_top))), add(grads, new_grads)
-        return i + 1, total
-
-    _, ((loss, (sums, top)), grads) = jax.lax.while_loop(
-        lambda carry: carry[0] * step < jnp.max(bins.count), body, (jnp.int32(0), zero)
-    )
-    norm = jnp.maximum(weight, 1e-9)
-    grads, sums = jax.tree.map(lambda x: x / norm, (grads, sums))
-    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-    return grads, (loss / norm, sums, top)
-
-
-def update(fns: Fns, state: TrainState, grads, loss) -> tuple[TrainState, dict]:
-    """One Optax update; parameters and optimizer stay as they are if loss or gradient is not finite."""
 
     def apply(params, opt_state):
-        updates, opt_state = fns.optimizer.update(grads, opt_state, params)
+        updates, opt_state = fns.optimizer.update(grads, opt_state, params, ess=ess)
         return optax.apply_updates(params, updates), opt_state
 
     norm = optax.tree.norm(grads)
@@ -361,18 +215,24 @@ def update(fns: Fns, state: TrainState, grads, loss) -> tuple[TrainState, dict]:
     return state, dict(loss=loss, grad_norm=norm, skipped=1 - good.astype(jnp.int32))
 
 
-def learn(fns: Fns, state: TrainState, tree: T.Tree, prompts: Prompts, credit, knobs) -> tuple[TrainState, dict]:
-    """`epochs` updates on the same trees, each over all of them."""
-    positive, negative, weight = credit
-    has_gradient = jnp.any((positive != 0) | (negative != 0), axis=(1, 2))
-    include = has_gradient | fns.needs_reference  # a tree without credit has nothing but its KL
-    bins = pack(fns, tree, prompts, credit, include)
-    total = jnp.sum(weight)
-    objective = policy_objective(fns, state.reference, knobs)
+def learn(
+    fns: Fns, state: TrainState, tree: T.Tree, prompts: Prompts, cells: Cells, denominator, knobs,
+    *, reference=None, ess=1.0,
+) -> tuple[TrainState, dict]:  # fmt: skip
+    """`epochs` updates on the same trees, each over all of them.
+
+    Args:
+      cells: of [B, S, K]. denominator: [] what the loss is divided by.
+      reference: [B, S, K] log-probs of the reference policy, for the KL. ess: see `update`.
+    """
+    has_gradient = jnp.any((cells.positive != 0) | (cells.negative != 0), axis=(1, 2))
+    include = has_gradient | (fns.kl is not None)  # a tree without credit has nothing but its KL
+    bins = pack(fns, tree, prompts, cells, include, reference)
+    objective = policy_objective(fns, knobs)
 
     def epoch(state, _):
-        grads, (loss, sums, top) = gradient(fns, objective, state.params, bins, total)
-        state, metrics = update(fns, state, grads, loss)
+        grads, (loss, sums, top) = gradient(fns, objective, state.params, bins, denominator)
+        state, metrics = update(fns, state, grads, loss, ess)
         seen = jnp.maximum(sums.pop("weight"), 1e-9)  # share of the weight that was trained on
         metrics = dict(metrics, logp_drift_max=top, **{k: v / seen for k, v in sums.items()})
         return state, metrics
@@ -385,22 +245,30 @@ def learn(fns: Fns, state: TrainState, tree: T.Tree, prompts: Prompts, credit, k
     return state, dict(kept, bins=jnp.max(bins.count), trees_trained=jnp.mean(include.astype(jnp.float32)))
 
 
-def train_step(fns: Fns, state: TrainState, prompts: Prompts, knobs: dict) -> tuple[TrainState, dict]:
-    """The step: prompts [B, ...] to updated parameters.
+def effective_share(weight: jax.Array, valid: jax.Array) -> jax.Array:
+    """Effective sample size over the number of samples: (sum w)^2 / (n sum w^2), from 1 / n to 1; 1 for none."""
+    weight = jnp.where(valid, weight, 0)
+    count, square = jnp.sum(valid), jnp.sum(jnp.square(weight))
+    return jnp.where(square > 0, jnp.square(jnp.sum(weight)) / jnp.maximum(count * square, 1e-30), 1.0)
 
-    1. sample: grow a tree for every prompt
-    2. grade: a reward for every leaf
-    3. estimate: credit from rewards and the shape of the tree
-    4. learn: pack the trees, each token once, and update
-    """
+
+def train_step(fns: Fns, state: TrainState, prompts: Prompts, knobs: dict) -> tuple[TrainState, dict]:
+    """The step: prompts [B, ...] to updated parameters; numbered as in the module's docstring."""
     key = jax.random.wrap_key_data(state.key)
-    tree, stats = rollout(fns, state.params, prompts, key, state.step, knobs)
+    tree, stats = rollout(fns, state.params, prompts, key, state.step, knobs)  # 1
     tree, stats = jax.lax.with_sharding_constraint((tree, stats), sharding.trees(fns.mesh))
-    reward = rewards.grade(tree, prompts.data, fns.grader)
-    _, credit = estimate(fns, tree, reward)
-    state, metrics = learn(fns, state, tree, prompts, credit, knobs)
-    state = state.replace(step=state.step + 1, position=state.position + prompts.token.shape[0])
-    return state, dict(metrics, **describe(tree, reward, stats))
+    reward, shaped = grade(fns, tree, prompts)  # 2
+    if fns.proximal == "learner":  # decoupled PPO: ratios start from the learner's own log-probs
+        tree = tree.replace(logp_policy=cell_logps(fns, state.params, tree, prompts, knobs["temperature"]))
+    credit, leaf_weight, memory, extras = estimate(fns, state, tree, prompts, shaped, knobs)  # 3
+    cells, denominators = jax.vmap(lambda *tree: weigh(fns, *tree, knobs))(tree, credit, leaf_weight)  # 4
+    ess = effective_share(extras["importance"], jax.vmap(T.leaf_valid)(tree))
+    reference = extras.get("reference_logp")
+    state, metrics = learn(
+        fns, state, tree, prompts, cells, jnp.sum(denominators), knobs, reference=reference, ess=ess
+    )  # 5
+    state = state.replace(step=state.step + 1, position=state.position + prompts.token.shape[0], memory=memory)
+    return state, dict(metrics, ess=ess, **describe(tree, reward, stats))
 
 
 def supervised_step(fns: Fns, state: TrainState, prompts: Prompts, answer, length) -> tuple[TrainState, dict]:
@@ -413,7 +281,7 @@ def supervised_step(fns: Fns, state: TrainState, prompts: Prompts, answer, lengt
 
     tree = jax.vmap(line)(answer, length)
     weight = tree.used.astype(jnp.float32)
-    bins = pack(fns, tree, prompts, (weight, weight, weight), jnp.ones(length.shape, bool))
+    bins = pack(fns, tree, prompts, Cells(weight, weight, weight), jnp.ones(length.shape, bool))
     objective = supervised_objective(fns)
     grads, (loss, _, _) = gradient(fns, objective, state.params, bins, jnp.sum(weight))
     return update(fns, state, grads, loss)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from treerl import prompts as P
-from treerl import draw, events, metrics, profiling, report, rewards, sharding, tasks
+from treerl import draw, events, metrics, profiling, report, sharding, tasks
 from treerl import step as S
 from treerl import tree as T
 from treerl.checkpoint import Checkpoints, abstract
@@ -131,7 +131,7 @@ class Experiment:
         powers = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
         return {f"pass@{k}": pass_at_k(correct, n, k) for k in powers}
 
-    def grow(self, params, examples: list[dict], *, step: int, seed: int = 0) -> Grown:
+    def grow(self, state, examples: list[dict], *, step: int, seed: int = 0) -> Grown:
         """Grows and grades a tree for each example by the run's own rules, as they are at `step`.
 
         An example's place in the list is part of its random key; the number of devices is not.
@@ -139,7 +139,7 @@ class Experiment:
         shards = sharding.tree_shards(self.mesh)
         index = np.arange(-(-len(examples) // shards) * shards)  # repeats fill the last shard
         prompts = self.prompts([examples[i % len(examples)] for i in index], index)
-        grown = jax.device_get(self._grow(params, prompts, jax.random.key(seed), jnp.int32(step), self.knobs))
+        grown = jax.device_get(self._grow(state, prompts, jax.random.key(seed), jnp.int32(step), self.knobs))
         return jax.tree.map(lambda x: x[: len(examples)], grown)
 
     def prompt_text(self, example: dict) -> str:
@@ -169,11 +169,11 @@ class Experiment:
         return draw.format_tree(tree, decode, **view) + "\n\n" + draw.format_leaves(tree, decode, **view)
 
 
-def grow(fns: S.Fns, params, prompts, key, step, knobs) -> Grown:
+def grow(fns: S.Fns, state, prompts, key, step, knobs) -> Grown:
     """Grows, grades and estimates the trees of a batch of prompts; traceable."""
-    tree, stats = S.rollout(fns, params, prompts, key, step, knobs)
-    reward = rewards.grade(tree, prompts.data, fns.grader)
-    credit, _ = S.estimate(fns, tree, reward)
+    tree, stats = S.rollout(fns, state.params, prompts, key, step, knobs)
+    reward, shaped = S.grade(fns, tree, prompts)
+    credit, *_ = S.estimate(fns, state, tree, prompts, shaped, knobs)
     if credit.ndim == 2:
         credit = jax.vmap(lambda t, x: T.up(t, x) / jnp.maximum(T.leaf_count(t), 1))(tree, credit)
     return Grown(tree, reward, credit, stats.forks, stats.pruned)
@@ -430,7 +430,7 @@ def example_trees(experiment: Experiment, state, count: int = 16, shown: int = 4
     """(caption, SVG, text) of some held-out trees: contrast, forks, pruned lines, no contrast."""
     heldout = experiment.task.heldout
     examples = [heldout[i] for i in range(min(count, len(heldout)))]
-    grown = experiment.grow(state.params, examples, step=int(state.step))
+    grown = experiment.grow(state, examples, step=int(state.step))
     valid = grown.tree.leaf[..., 0] >= 0
     right = np.sum(valid & (grown.reward >= draw.CORRECT), axis=1)
     mean = np.sum(grown.reward, axis=1) / np.maximum(np.sum(valid, axis=1), 1)  # a missing leaf has reward 0

@@ -30,11 +30,20 @@ class TrainState:
 
     params: Params
     opt_state: Any
-    reference: Params  # frozen policy of the KL term, None without one
+    reference: Params  # frozen policy of the KL term and of ACE, None without one
+    memory: Any  # what multipliers remember (GDRO's scores), {} without one
     step: jax.Array  # [] int32, number of updates of the policy by reinforcement learning
     key: jax.Array  # [2] uint32, the run's random key (constant; steps fold their number in)
     position: jax.Array  # [] int32, number of examples drawn from the stream so far
     skipped: jax.Array  # [] int32, updates skipped in a row, up to now, for what was not finite
+
+
+class Cells(NamedTuple):
+    """What each cell of a tree contributes to the loss, see `tree.spread`; float32 [..., S, K], 0 outside kept cells."""
+
+    positive: jax.Array  # weighted sum of positive credit of the leaves below
+    negative: jax.Array  # of negative credit
+    weight: jax.Array  # of the cell's token, in KL and metrics
 
 
 class Policy(NamedTuple):

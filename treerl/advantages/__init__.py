@@ -1,9 +1,96 @@
-"""Group-relative advantage estimators, one function a file.
+"""Group-relative advantage estimators, and how a chosen one runs on a batch.
 
 Each is `estimator(tree, reward [L], **options)` of one tree, returning leaf credit [L] or cell
-credit [S, K]; callers vmap, and `tree.spread` turns either into what the learner reads.
+credit [S, K] (or leaf credit and the weight of each leaf's tokens); callers vmap, and `tree.spread`
+turns either into what the learner reads. One that needs more than the tree names it as a further
+argument: `reference_logp` [S, K], `gradient_norm` [L] or `importance` [L].
 """
-from treerl.advantages.branch_depthwise import branch_depthwise
-from treerl.advantages.grpo import grpo
+import inspect
+from typing import Callable, NamedTuple
 
-ESTIMATORS = {"branch_depthwise": branch_depthwise, "grpo": grpo}
+import jax
+import jax.numpy as jnp
+
+from treerl import tree as T
+from treerl.advantages import gdro as _gdro
+from treerl.advantages.branch_depthwise import branch_depthwise
+from treerl.advantages.flat import dr_grpo, grpo, mc_grpo, minimum_variance, opo, reinforce_pp, rloo, whiten
+from treerl.advantages.gdro import gdro
+from treerl.advantages.multipliers import ace, ear, novelty
+from treerl.advantages.trees import eptree, spo_tree, tree_grpo, treepo
+
+ESTIMATORS = {
+    f.__name__: f
+    for f in (
+        branch_depthwise, dr_grpo, eptree, grpo, mc_grpo, minimum_variance, opo, reinforce_pp, rloo, spo_tree,
+        tree_grpo, treepo,
+    )
+}  # fmt: skip
+WHITENED = {"reinforce_pp": whiten, "treepo": whiten}  # (B trees, credit [B, L]) -> credit, after the estimator
+MULTIPLIERS = {"novelty": novelty, "ear": ear, "ace": ace, "gdro": gdro}  # in the order in which they apply
+
+
+class Advantage(NamedTuple):
+    """An estimator with what follows it, on batched trees."""
+
+    credit: Callable  # (tree, reward [B, L], extras {name: [B, ...]}, memory) -> (credit, leaf_weight, memory)
+    needs: tuple[str, ...]  # names of extras
+    leaf: bool  # credit is [B, L], else [B, S, K]; leaf_weight is [B, L] float32
+    memory: dict  # what it remembers, at the start of a run
+
+
+def extras(function: Callable) -> tuple[str, ...]:
+    """What an estimator or multiplier reads beside the tree, rewards and credit, by its argument names."""
+    known = ("tree", "reward", "credit", "memory")
+    kinds = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in kinds if p.kind is not p.KEYWORD_ONLY and p.name not in known)
+
+
+def compose(estimator: Callable, whitening: Callable | None = None, multipliers: dict[str, Callable] = {}) -> Advantage:
+    """Puts an estimator, its whitening over the batch and multipliers together.
+
+    Args:
+      estimator: of one tree, options bound. whitening: on the batch, see WHITENED.
+      multipliers: name -> function of MULTIPLIERS, options bound; applied in the order of MULTIPLIERS.
+
+    Raises:
+      ValueError: novelty with an estimator of cell credit.
+    """
+    example = T.from_parents([[-1, -1], [0, 1], [0, 1]], [[1, 1]] * 3, [[2, 0], [2, 1]])
+    fills = dict(reference_logp=example.logp_policy, gradient_norm=jnp.ones(2), importance=jnp.ones(2))
+
+    def one(tree, reward, given):
+        result = estimator(tree, reward, *(given[name] for name in extras(estimator)))
+        credit, weight = result if isinstance(result, tuple) else (result, jnp.ones(reward.shape))
+        return credit, jnp.where(T.leaf_valid(tree), weight, 0).astype(jnp.float32)
+
+    leaf = jax.eval_shape(one, example, jnp.ones(2), fills)[0].ndim == 1
+    if "novelty" in multipliers and not leaf:
+        raise ValueError("novelty reads the credit of leaves")
+    factors = {name: multipliers[name] for name in MULTIPLIERS if name in multipliers}
+    needs = {name for f in (estimator, *factors.values()) for name in extras(f)}
+
+    def credit(tree, reward, given, memory):
+        result, weight = jax.vmap(one)(tree, reward, given)
+        if whitening:
+            result = whitening(tree, result)
+        for name, multiplier in factors.items():
+            if name == "gdro":
+                factor, after = multiplier(tree, reward, memory["gdro"])
+                memory = dict(memory, gdro=after)
+            else:
+                arguments = [given[n] for n in extras(multiplier)]
+                factor = jax.vmap(multiplier)(tree, reward, result if leaf else jnp.zeros_like(reward), *arguments)
+                if not leaf:  # the mean of the leaves below a cell
+                    along = jnp.broadcast_to(factor[..., None], tree.leaf_path.shape)
+                    factor = jax.vmap(T.mean_below)(tree, along)
+            result = result * factor.reshape(factor.shape + (1,) * (result.ndim - factor.ndim))
+        return jax.lax.stop_gradient(result), weight, memory
+
+    memory = {"gdro": _gdro.start(*_edges(factors["gdro"]))} if "gdro" in factors else {}
+    return Advantage(credit=credit, needs=tuple(sorted(needs)), leaf=leaf, memory=memory)
+
+
+def _edges(function: Callable) -> tuple:
+    """The bins' edges that an option chose."""
+    return (tuple(inspect.signature(function).parameters["edges"].default),)

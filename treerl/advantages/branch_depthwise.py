@@ -1,70 +1,104 @@
 """BranchGRPO's depth-wise advantages, carried from denoising steps to trees of text."""
+from typing import Literal
+
 import chex
 import jax
 import jax.numpy as jnp
 
 from treerl import masked
 from treerl import tree as T
+from treerl.advantages import levels as N
 
 
 def branch_depthwise(
     tree: T.Tree,
     reward: jax.Array,
     *,
+    fusion: Literal["leaf", "child"] = "leaf",
+    beta: float = 0.0,
+    per_token: bool = False,
+    segment: int = 0,
+    pool: Literal["prompt", "depth", "sibling"] = "prompt",
     virtual: bool = True,
     std: bool = True,
+    ddof: int = 1,
     eps: float = 1e-6,
     clip: float = 5.0,
 ) -> jax.Array:
     """Fuses leaf rewards into nodes, then normalises among the nodes of one depth.
 
-    BranchGRPO, arXiv 2509.06040, eq. 3 with beta = 0 and eq. 4:
-        value(n) = mean reward of the leaves below n,
+    BranchGRPO, arXiv 2509.06040, eq. 3 and 4:
+        value(n) = sum over leaves l below n of w_l r_l,   w_l = softmax of beta * log p(l | n),
         A(n) = clip((value(n) - mean_d) / (std_d + eps), -clip, clip)   over nodes of depth d.
-    A node is a chain of cells between forks and counts once; the cells of a node share its A.
+    A node counts once and its cells share its A.
 
     What differs from flat GRPO: credit belongs to cells, each counted once however many leaves
-    share it; and it is compared among nodes that survived equally many forks. A tree that forks
-    only at the prompt is flat GRPO.
+    share it; and it is compared among nodes of equal depth. A tree that forks only at the prompt
+    is flat GRPO.
 
-    What the paper leaves open for text, and the choice here:
-      - depth = forks survived (a denoising step has no counterpart in text);
+    Where paper and released code disagree, or are silent for text, the default is:
+      - beta = 0, the mean over all leaves below (the code's default). Leaves are samples, so it is
+        unbiased; beta = 1 (the paper's better setting for images) counts the policy twice, and
+        sums of token log-probs make it an argmax: set `per_token`;
+      - fusion = leaf is eq. 3. child is the released code's: a softmax of beta * log p(child | n)
+        among the children of each node, from the leaves upwards. They agree for one level of forks;
+      - depth = forks survived (segment = 0), a denoising step having no counterpart in text.
+        segment = M: prefixes of d * M tokens; 1: every token is a depth (the code's steps);
       - a leaf that ended above depth d counts there as a `virtual` node without gradient, so
         late depths do not compare survivors only (False: the released code's semantics);
-      - value = mean over all leaves below (released code), not mean of the children's means;
-      - the pool is the whole depth of one tree (eq. 4), not siblings: A has no local term;
-      - sample standard deviation (ddof 1); a depth with one node, or with std < 1e-6, gets zero
-        (both as the released code). A depth of two nodes is therefore a pure sign, +-0.707;
+      - pool = prompt: all nodes of the depth. depth: those grown from the same first token's
+        cell, the trees of the paper where a prompt has several (each child of the prompt is the root of one).
+        sibling: children of one node (the paper's appendix B.3 reasons about these);
+      - sample standard deviation (ddof 1); a pool of one node, or with std < 1e-6, gets zero
+        (both as the code). A pool of two is therefore a pure sign, +-0.707;
       - leaves of pruned lines are in no statistic: they were neither finished nor graded;
-      - a forced token is credited like a drawn one, with the ratio of the tempered policy, as LATR
-        does; a fork has no noise scale;
-      - the loss divides by the kept cells (tokens), not by edges: ratios are per token.
+      - a fork has no noise scale, and the loss divides by kept cells (tokens), not by edges.
 
     Args:
       tree: one tree. reward: [L] float32.
-      std: divide by the standard deviation of the depth.
+      per_token: divide log p by its number of tokens. std: divide by the standard deviation.
 
     Returns:
       Cell credit, float32 [S, K], 0 outside kept cells.
     """
     chex.assert_equal_shape([reward, tree.leaf[:, 0]])
-    valid = T.leaf_valid(tree)
-    depths = jnp.arange(reward.shape[0])  # every fork adds a leaf, so depth < L
-    cell_depth, leaf_depth = T.depth(tree)
-    below = T.leaf_count(tree)
-    value = T.up(tree, jnp.where(valid, reward, 0)) / jnp.maximum(below, 1)
+    nodes = N.levels(tree, segment)
+    value = fuse(tree, nodes, reward, fusion, beta, per_token)
 
-    node = T.node_heads(tree).reshape(-1)
-    member = node[None] & (cell_depth.reshape(-1)[None] == depths[:, None])  # [depths, S * K]
-    ended = (valid & (leaf_depth < depths[:, None])) if virtual else jnp.zeros((depths.size,) * 2, bool)
-    values = jnp.concatenate([value.reshape(-1), reward])
-    pool = jnp.concatenate([member, ended], axis=1)
-    values = jnp.broadcast_to(values, pool.shape)
-    centre = masked.mean(values, pool, axis=1)
-    spread = masked.std(values, pool, axis=1, ddof=1)
+    member = nodes.first & (nodes.real | virtual)  # [L, D]
+    if pool == "prompt":
+        near = T.leaf_valid(tree)[None, None]  # [1, 1, L]
+    elif pool == "depth":
+        near = (N.shared_rows(tree) > 0)[None]
+    else:
+        near = jnp.concatenate([nodes.same[:1], nodes.same[:-1]])  # [D, L, L], on one parent
+    mask = near & member.T[:, None]
+    values = jnp.broadcast_to(value.T[:, None], mask.shape)
+    centre = masked.mean(values, mask, axis=-1).T  # [L, D], or [1, D] where a level is one pool
+    spread = masked.std(values, mask, axis=-1, ddof=ddof).T
 
-    advantage = value - centre[cell_depth]
+    advantage = value - centre
     if std:
-        advantage = advantage / (spread[cell_depth] + eps)
-    useful = T.kept(tree) & (spread[cell_depth] >= 1e-6)
-    return jnp.where(useful, jnp.clip(advantage, -clip, clip), 0.0)
+        advantage = advantage / (spread + eps)
+    useful = nodes.real & (spread >= 1e-6)
+    return N.to_cells(tree, nodes, jnp.where(useful, jnp.clip(advantage, -clip, clip), 0.0))
+
+
+def fuse(tree: T.Tree, nodes: N.Levels, reward, fusion: str, beta, per_token: bool) -> jax.Array:
+    """Values of nodes from rewards of leaves, see `branch_depthwise`: [L] -> [L, D]."""
+    uniform = isinstance(beta, (int, float)) and beta == 0
+    total = None if uniform else N.path_logp(tree, nodes.last)  # [L, D], of the prefix that ends with the node
+    if fusion == "child":
+        if uniform:
+            return N.child_values(nodes, reward)[0]
+        edge = total - N.above(total)
+        tokens = nodes.last - N.above(nodes.last)
+        return N.child_values(nodes, reward, beta * edge / (jnp.maximum(tokens, 1) if per_token else 1))[0]
+    if uniform:
+        return N.leaf_values(nodes, reward)
+    length = T.leaf_length(tree)
+    if not per_token:  # log p(n) is the same for all leaves below n and cancels
+        return N.leaf_values(nodes, reward, beta * N.path_logp(tree, length[:, None] - 1)[:, 0])
+    below = (N.path_logp(tree, length[:, None] - 1) - total) / jnp.maximum(length[:, None] - 1 - nodes.last, 1)
+    level = lambda same, weight: N.leaf_values(nodes._replace(same=same[None]), reward, weight)[:, 0]
+    return jax.vmap(level, out_axes=1)(nodes.same, beta * below.T)

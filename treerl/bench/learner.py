@@ -2,8 +2,8 @@
 
 Both programs start from the same trees and credit, lay them out (packing, or one row a leaf of
 prompt and answer), and return the gradient of the same sum over the same tokens:
-  - packed: `step.gradient` over `packing.Bins`, attention within subtrees, every token once;
-  - flattened: `step.gradient` over rows, plain causal attention, a shared token as often as
+  - packed: `learner.gradient` over `packing.Bins`, attention within subtrees, every token once;
+  - flattened: `learner.gradient` over rows, plain causal attention, a shared token as often as
     leaves stand on it. Log-probs are computed in the same chunks, the clipped objective is summed
     per leaf, and a microbatch holds as many tokens. No row is padded, which favours the baseline.
 Trees double their lines at evenly spaced rows until half of a rollout, prompt included, is
@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from treerl import attention, losses, packing, sharding
+from treerl import attention, learner, losses, packing, sharding
 from treerl import step as S
 from treerl import tree as T
 from treerl.bench import measure, synthetic
 from treerl.models.policy import token_logps
 from treerl.models.presets import PRESETS
 
-KNOBS = dict(temperature=1.0, clip_low=0.2, clip_high=0.2, kl=0.0)
+KNOBS = dict(temperature=1.0, clip_low=0.2, clip_high=0.2, dual_clip=jnp.inf, kl=0.0)
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of the two losses, in units of the mean absolute credit
 
 
@@ -58,9 +58,9 @@ def spread(tree: T.Tree, leaf_credit):
 def packed(fns: S.Fns, params, tree, prompts, leaf_credit):
     """Gradient and loss over bins: (gradient, loss, number of bins)."""
     credit = spread(tree, leaf_credit)
-    bins = S.pack(fns, tree, prompts, credit, jnp.ones(leaf_credit.shape[:1], bool))
-    objective = S.policy_objective(fns, None, KNOBS)
-    grads, (loss, _, _) = S.gradient(fns, objective, params, bins, jnp.sum(credit[2]))
+    bins = learner.pack(fns, tree, prompts, credit, jnp.ones(leaf_credit.shape[:1], bool))
+    objective = learner.policy_objective(fns, KNOBS)
+    grads, (loss, _, _) = learner.gradient(fns, objective, params, bins, jnp.sum(credit[2]))
     return grads, loss, jnp.sum(bins.count)
 
 
@@ -75,7 +75,7 @@ def flattened(fns: S.Fns, params, tree, prompts, leaf_credit):
     rows = packing.Bins(count=jnp.full((shards,), each), **arrays)
     rows = jax.lax.with_sharding_constraint(rows, sharding.trees(fns.mesh))
     fns = fns._replace(sizes=fns.sizes._replace(bins_per_step=step))
-    grads, (loss, _, _) = S.gradient(fns, flat_objective(fns), params, rows, length)
+    grads, (loss, _, _) = learner.gradient(fns, flat_objective(fns), params, rows, length)
     return grads, loss, jnp.int32(each * shards)
 
 
@@ -104,6 +104,8 @@ def flatten(tree: T.Tree, prompts, leaf_credit) -> tuple[packing.Bins, jax.Array
         negative=value(jnp.minimum(credit, 0)),
         weight=value(jnp.ones_like(credit)),
         logp=value(along(tree, tree.logp_policy)),
+        reference=value(jnp.zeros_like(credit)),
+        cell=jnp.where(index < width, -1, index),
         count=jnp.int32(batch * leaves),
     ), jnp.sum(answer)
 
@@ -116,7 +118,7 @@ def flat_objective(fns: S.Fns):
         length = jnp.max(rows.stop, axis=1)
         hidden, _ = module(rows.token, rows.position, attention.causal(length), remat=size.remat)
         hidden = jnp.roll(hidden, 1, axis=1).reshape(-1, hidden.shape[-1])  # a prompt's first token weighs 0
-        logp, _ = token_logps(module, hidden, rows.token.reshape(-1), KNOBS["temperature"], chunk=size.vocab_chunk)
+        logp = token_logps(module, hidden, rows.token.reshape(-1), KNOBS["temperature"], chunk=size.vocab_chunk)
         logp = jnp.where(rows.weight > 0, logp.reshape(rows.token.shape), 0)
         clip = {k: KNOBS[k] for k in ("clip_low", "clip_high")}
         loss, _ = losses.clipped(logp, rows.logp, rows.positive, rows.negative, **clip)

@@ -57,7 +57,7 @@ def packed_hidden(model: Model, params: Params, token, position, stop, *, remat:
 
 
 def token_logps(module, hidden, target, temperature, *, chunk: int):
-    """Log-probs and entropies of targets, the vocabulary seen `chunk` tokens at a time.
+    """Log-probs of targets, the vocabulary seen `chunk` tokens at a time.
 
     Each chunk's logits are recomputed in the backward pass, so no [tokens, V] array outlives it.
 
@@ -66,22 +66,18 @@ def token_logps(module, hidden, target, temperature, *, chunk: int):
       chunk: tokens at a time (static).
 
     Returns:
-      (log-prob [T], entropy [T] in nats), float32.
+      float32 [T].
     """
 
     @jax.checkpoint
     def one(args):
         hidden, target = args
         logits = module.logits(hidden) / temperature
-        norm = jax.nn.logsumexp(logits, axis=-1)
-        logp = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0] - norm
-        shift = logits - norm[:, None]
-        return logp, -jnp.sum(jnp.exp(shift) * shift, axis=-1)
+        return jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
 
     count = hidden.shape[0]
     chunk = min(chunk, count)
     pad = -count % chunk
     hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[-1])
     target = jnp.pad(target, (0, pad)).reshape(-1, chunk)
-    logp, entropy = jax.lax.map(one, (hidden, target))
-    return logp.reshape(-1)[:count], entropy.reshape(-1)[:count]
+    return jax.lax.map(one, (hidden, target)).reshape(-1)[:count]

@@ -1,0 +1,222 @@
+"""The functions that a config chooses, and the numbers it gives them.
+
+`make_fns` and `make_knobs` are the only readers of the whole config besides the host loop: stages
+take plain arguments. What a name may choose stands in one table here or where its functions live.
+"""
+import functools
+import inspect
+import typing
+from typing import Callable, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from treerl import branching, losses, packing, pruning, sharding
+from treerl.advantages import ESTIMATORS, MULTIPLIERS, WHITENED, Advantage, compose
+from treerl.config import fits
+from treerl.errors import UserError
+from treerl.models.transformer import Model, TransformerConfig
+from treerl.optimizer import make_optimizer
+from treerl.tasks import Task
+
+AGGREGATIONS = ("token", "sequence", "constant")
+FORCED = ("policy", "mask", "importance")
+IMPORTANCE = ("none", "truncate", "mask")
+PROXIMAL = ("sampler", "learner")
+
+
+class Sizes(NamedTuple):
+    """Static sizes; see `treerl.config` for their meaning."""
+
+    slots: int
+    rows: int
+    budget: int
+    segment: int
+    lengths: tuple[int, ...]
+    bin_tokens: int
+    bins_per_step: int
+    epochs: int
+    vocab_chunk: int
+    remat: bool
+
+
+class Fns(NamedTuple):
+    """The functions that a config chooses; a training step is their composition."""
+
+    sizes: Sizes
+    model: Model
+    optimizer: optax.GradientTransformationExtraArgs
+    mesh: Mesh
+    branching: Callable  # (knobs, step) -> Branching
+    pruning: Callable  # (knobs) -> Pruning
+    grader: Callable  # (tokens [S], length [], data) -> [] float32
+    advantage: Advantage  # estimator, whitening and multipliers
+    objective: Callable  # (knobs) -> function of `losses`
+    kl: Callable | None  # a function of losses.KL
+    reference: bool  # the state keeps a reference policy
+    overlong: int  # tokens before the last row in which length is punished
+    proximal: str  # one of PROXIMAL, see the config
+    forced: str  # one of FORCED
+    importance: str  # one of IMPORTANCE
+    aggregation: str  # one of AGGREGATIONS
+
+
+def known(name: str, table, field: str):
+    """The entry of a table (or the name itself, of a tuple of names) that a field chooses."""
+    if name not in table:
+        raise UserError(f"{field}={name!r} is unknown; known are {', '.join(sorted(table))}.")
+    return table[name] if isinstance(table, dict) else name
+
+
+def bind(function: Callable, options, field: str, chosen: str) -> Callable:
+    """A function with options, its keyword-only arguments, checked against the types of their defaults."""
+    hints = typing.get_type_hints(function)
+    keywords = {k: p.default for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    for option, value in options.items():
+        if option not in keywords:
+            names = ", ".join(sorted(keywords)) or "none"
+            raise UserError(f"{field} has no {option!r} for {chosen}; known are {names}.")
+        like, choices = keywords[option], typing.get_args(hints.get(option)) if isinstance(keywords[option], str) else ()
+        if not fits(value, like):
+            kind = type(like).__name__
+            raise UserError(f"{field}.{option}={value!r} is no {kind}; set one such as {like!r}.")
+        if choices:
+            known(value, choices, f"{field}.{option}")
+        if isinstance(like, int) and not isinstance(like, bool) and value < 0:
+            raise UserError(f"{field}.{option}={value!r} cannot work; set it to 0 or more.")
+    return functools.partial(function, **options)
+
+
+def make_advantage(config) -> Advantage:
+    """The estimator of `config.advantage` with its whitening and multipliers."""
+    name, chosen = config.name, dict(config.multipliers)
+    estimator = bind(known(name, ESTIMATORS, "advantage.name"), config.options, "advantage.options", f"advantage.name={name}")
+    multipliers = {}
+    for key, options in chosen.items():
+        field = f"advantage.multipliers.{key}"
+        if not hasattr(options, "items"):
+            raise UserError(f"{field}={options!r} is no dict of options; set it to {{}} for the defaults.")
+        multipliers[key] = bind(known(key, MULTIPLIERS, "advantage.multipliers"), options, field, key)
+    try:
+        return compose(estimator, WHITENED.get(name), multipliers)
+    except ValueError:
+        leaf = ", ".join(sorted(n for n, e in ESTIMATORS.items() if compose(e).leaf))
+        raise UserError(
+            f"advantage.multipliers: novelty reads the credit of leaves, and advantage.name={name} gives credit to "
+            f"cells; use one of {leaf}."
+        ) from None
+
+
+def check_combinations(config, advantage: Advantage) -> None:
+    """Raises UserError for choices that do not go together."""
+    l, name = config.learner, config.advantage.name
+    if l.objective == "gspo" and not advantage.leaf:
+        leaf = ", ".join(sorted(n for n, e in ESTIMATORS.items() if compose(e).leaf))
+        raise UserError(
+            f"learner.objective=gspo has one ratio a rollout and needs the credit of leaves, and advantage.name={name} "
+            f"gives credit to cells; use one of {leaf}, or learner.objective=ppo or cispo."
+        )
+    if l.objective == "gspo" and (l.forced != "policy" or l.importance != "none"):
+        raise UserError(
+            "learner.objective=gspo has one ratio a rollout, without weights of tokens; set learner.forced=policy and "
+            "learner.importance=none, or learner.objective=ppo or cispo."
+        )
+    if "reference_logp" in advantage.needs and not (l.reference or l.kl > 0):
+        raise UserError(
+            "advantage.multipliers: ace compares the policy with a reference policy and none is kept; set "
+            "learner.reference=True, or learner.kl above 0."
+        )
+    wants = (l.importance != "none", l.forced == "importance", "importance" in advantage.needs, config.optimizer.ess != "none")
+    names = ("learner.importance", "learner.forced", f"advantage.name={name}", "optimizer.ess")
+    if config.branching.greedy and config.branching.rule != "stochastic" and any(wants):
+        raise UserError(
+            f"{names[wants.index(True)]} weighs tokens by the log-probs they were sampled with, and "
+            "branching.greedy=True takes tokens without sampling; set branching.greedy=False, or weigh nothing."
+        )
+
+
+def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
+    """Chooses the functions of a config. `optimizer` replaces the config's own."""
+    s, l, b, p = config.sampler, config.learner, config.branching, config.pruning
+
+    def lookahead(knobs, step):
+        share = knobs["share"][jnp.sum(knobs["share_from"] <= step) - 1]
+        return branching.lookahead(
+            tau_abs=knobs["tau_abs"], tau_rel=knobs["tau_rel"], share=share, greedy=knobs["greedy"],
+            fill_after=knobs["fill_after"], max_children=b.max_children,
+        )  # fmt: skip
+
+    branchings = {"stochastic": lambda knobs, step: branching.stochastic(), "lookahead": lookahead}
+    windows = tuple(p.windows)
+    if p.rule == "similarity" and (not windows or not 1 <= min(windows) <= max(windows) <= s.answer_length):
+        raise UserError(
+            f"pruning.windows={windows} must be lengths from 1 to sampler.answer_length={s.answer_length}; "
+            "shorten them, or set pruning.rule=none."
+        )
+    prunings = {
+        "none": lambda knobs: pruning.none(),
+        "similarity": lambda knobs: pruning.similarity(windows=windows, tau_ed=knobs["tau_ed"]),
+    }
+    forks = b.rule != "stochastic"
+    if s.prompts % sharding.tree_shards(mesh):
+        shards = sharding.tree_shards(mesh)
+        raise UserError(
+            f"sampler.prompts={s.prompts} does not divide over mesh.data x mesh.fsdp = {shards} shards; "
+            "make it a multiple."
+        )
+    if l.overlong_buffer > s.answer_length:
+        raise UserError(
+            f"learner.overlong_buffer={l.overlong_buffer} is longer than sampler.answer_length={s.answer_length}; shorten it."
+        )
+    packing.bin_bound(s.prompts, s.slots, s.prompt_length + s.answer_length, l.bin_tokens)
+    advantage = make_advantage(config.advantage)
+    objective = known(l.objective, losses.OBJECTIVES, "learner.objective")
+    bounds = ("clip_low", "clip_high") + (("dual_clip",) if l.objective == "ppo" else ())
+    kl = known(l.kl_estimate, losses.KL, "learner.kl_estimate")
+    fns = Fns(
+        sizes=Sizes(
+            slots=s.slots, rows=s.answer_length, budget=s.answer_length + (b.fill_after + 1 if forks else 0),
+            segment=s.segment, lengths=tuple(s.lengths) + (s.answer_length,), bin_tokens=l.bin_tokens,
+            bins_per_step=l.bins_per_step, epochs=l.epochs, vocab_chunk=l.vocab_chunk, remat=l.remat,
+        ),
+        model=Model(TransformerConfig(vocab=task.tokenizer.vocab_size, **config.model)),
+        optimizer=optax.with_extra_args_support(optimizer or make_optimizer(config.optimizer, config.steps * l.epochs)),
+        mesh=mesh,
+        branching=known(b.rule, branchings, "branching.rule"),
+        pruning=known(p.rule, prunings, "pruning.rule"),
+        grader=task.grade,
+        advantage=advantage,
+        objective=lambda knobs: functools.partial(objective, **{k: knobs[k] for k in bounds}),
+        kl=kl if l.kl > 0 else None,
+        reference=l.reference or l.kl > 0,
+        overlong=l.overlong_buffer,
+        proximal=known(l.proximal, PROXIMAL, "learner.proximal"),
+        forced=known(l.forced, FORCED, "learner.forced"),
+        importance=known(l.importance, IMPORTANCE, "learner.importance"),
+        aggregation=known(l.aggregation, AGGREGATIONS, "learner.aggregation"),
+    )  # fmt: skip
+    check_combinations(config, advantage)
+    return fns
+
+
+def make_knobs(config, task: Task) -> dict:
+    """The traced numbers of a config."""
+    b, l, f32 = config.branching, config.learner, jnp.float32
+    return dict(
+        temperature=f32(config.sampler.temperature),
+        top_p=f32(config.sampler.top_p),
+        eos=jnp.atleast_1d(jnp.int32(task.tokenizer.eos_id)),
+        tau_abs=f32(b.tau_abs),
+        tau_rel=f32(b.tau_rel),
+        share_from=jnp.array([step for step, _ in b.share], jnp.int32),
+        share=jnp.array([share for _, share in b.share], f32),
+        fill_after=jnp.int32(b.fill_after),
+        greedy=jnp.bool_(b.greedy),
+        tau_ed=f32(config.pruning.tau_ed),
+        clip_low=f32(l.clip_low),
+        clip_high=f32(l.clip_high),
+        dual_clip=f32(l.dual_clip or jnp.inf),
+        importance_cap=f32(l.importance_cap),
+        kl=f32(l.kl),
+    )

@@ -1,0 +1,155 @@
+"""What the learner computes over bins of tokens: log-probs, objectives and gradients.
+
+Functions take `fns` (see `functions.Fns`) for the model, the mesh and static sizes. Bins are
+[shards, N, C]: each shard of the mesh packs its own trees.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from treerl import losses, packing, sharding
+from treerl import tree as T
+from treerl.models.policy import packed_hidden, token_logps
+from treerl.types import Prompts
+
+
+def pack(fns, tree: T.Tree, prompts: Prompts, credit, include, reference=None) -> packing.Bins:
+    """Packs each shard's trees into its own bins: leaves [shards, N, C], count [shards]."""
+    shards, size = sharding.tree_shards(fns.mesh), fns.sizes
+    batch = tree.token.shape[0] // shards
+    rows, leaves = tree.token.shape[1], tree.leaf.shape[1]
+    bound = packing.bin_bound(batch, leaves, prompts.token.shape[1] + rows, size.bin_tokens)
+    bound = -(-bound // size.bins_per_step) * size.bins_per_step
+    split = lambda x: x.reshape(shards, batch, *x.shape[1:])
+    reference = jnp.zeros(tree.token.shape) if reference is None else reference
+    one = lambda *args: packing.pack(*args[:-1], reference=args[-1], size=size.bin_tokens, bins=bound)
+    bins = jax.vmap(one)(*jax.tree.map(split, (tree, prompts, credit, include, reference)))
+    return jax.lax.with_sharding_constraint(bins, sharding.trees(fns.mesh))
+
+
+def bin_logps(fns, params, bins: packing.Bins, temperature) -> jax.Array:
+    """Log-prob [N, C] of every token of an answer, given its parent; 0 for prompts and padding."""
+    size = fns.sizes
+    module, hidden = packed_hidden(fns.model, params, bins.token, bins.position, bins.stop, remat=size.remat)
+    hidden = jnp.take_along_axis(hidden, bins.parent[..., None], axis=1)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logp = token_logps(module, flat, bins.token.reshape(-1), temperature, chunk=size.vocab_chunk)
+    return jnp.where(bins.cell >= 0, logp.reshape(bins.cell.shape), 0)
+
+
+def microbatch(fns, bins: packing.Bins, i) -> packing.Bins:
+    """The i-th bins of every shard: [shards, N, C] -> [shards * bins_per_step, C]."""
+    step, shards = fns.sizes.bins_per_step, bins.token.shape[0]
+    take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * step, step, axis=1).reshape(shards * step, -1)
+    arrays = {k: v for k, v in bins.items() if k != "count"}
+    return packing.Bins(count=bins.count, **jax.tree.map(take, arrays))
+
+
+def cell_logps(fns, params, tree: T.Tree, prompts: Prompts, temperature) -> jax.Array:
+    """Log-probs of the tokens of kept cells by the learner's own forward pass: [B, S, K], no gradient."""
+    ones = jax.vmap(T.kept)(tree).astype(jnp.float32)
+    bins = pack(fns, tree, prompts, (ones, ones, ones), jnp.ones(ones.shape[:1], bool))
+    step, shards = fns.sizes.bins_per_step, bins.token.shape[0]
+
+    def body(carry):
+        i, found = carry
+        logp = bin_logps(fns, params, microbatch(fns, bins, i), temperature).reshape(shards, step, -1)
+        return i + 1, jax.lax.dynamic_update_slice_in_dim(found, logp, i * step, axis=1)
+
+    start = jnp.int32(0), jnp.zeros(bins.token.shape, jnp.float32)
+    _, found = jax.lax.while_loop(lambda carry: carry[0] * step < jnp.max(bins.count), body, start)
+    each = ones.reshape(shards, -1, *ones.shape[1:])
+    return jax.lax.stop_gradient(jax.vmap(packing.unpack)(found, bins, each).reshape(ones.shape))
+
+
+def gradient_norms(fns, params, tree: T.Tree, prompts: Prompts, temperature) -> jax.Array:
+    """Squared norm of the gradient of each leaf's log-prob: float32 [B, L].
+
+    One backward pass a rollout, prefixes repeated, as the estimator that asks for it is defined: about as
+    much work as training on the flattened rollouts, one row at a time.
+    """
+    shards, (_, leaves, rows) = sharding.tree_shards(fns.mesh), tree.leaf_path.shape
+    size = prompts.token.shape[1] + rows
+
+    def line(token, length):
+        used = jnp.arange(rows)[:, None] < length
+        return T.from_parents(jnp.zeros((rows, 1)), used, jnp.stack([length - 1, jnp.zeros_like(length)])[None], token=token[:, None])
+
+    def logp(params, token, length, prompt):
+        one = jax.tree.map(lambda x: x[None], (line(token, length), prompt))
+        weight = one[0].used.astype(jnp.float32)
+        return jnp.sum(bin_logps(fns, params, packing.pack(*one, (weight,) * 3, size=size, bins=1), temperature))
+
+    def norm(leaf):
+        token, length, prompt = leaf
+        grads = jax.grad(logp)(params, token, length, prompt)
+        return jnp.where(length > 0, jnp.square(optax.tree.norm(grads)), 0)
+
+    token = jax.vmap(lambda t: T.along(t, t.token))(tree)
+    length = jax.vmap(T.leaf_length)(tree)
+    repeat = lambda x: jnp.repeat(x, leaves, axis=0)
+    every = (token.reshape(-1, rows), length.reshape(-1), jax.tree.map(repeat, prompts))
+    turns = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]).swapaxes(0, 1), every)
+    return jax.lax.map(jax.vmap(norm), turns).swapaxes(0, 1).reshape(length.shape)
+
+
+def policy_objective(fns, knobs):
+    """The chosen objective, with the KL to the reference policy if there is one."""
+
+    def objective(params, bins: packing.Bins):
+        logp = bin_logps(fns, params, bins, knobs["temperature"])
+        loss = fns.objective(knobs)(logp, bins)
+        drift = jnp.where(bins.weight > 0, jnp.abs(logp - bins.logp), 0)
+        sums = dict(clipped=loss.clipped, drift=jnp.sum(drift * bins.weight), weight=loss.weight)
+        total = loss.sum
+        if fns.kl is not None:
+            sums["kl"], _ = losses.divergence(logp, bins, fns.kl)
+            total = total + knobs["kl"] * sums["kl"]
+        return total, (sums, jnp.max(drift))
+
+    return objective
+
+
+def supervised_objective(fns):
+    """The likelihood of reference answers."""
+
+    def objective(params, bins: packing.Bins):
+        return losses.likelihood(bin_logps(fns, params, bins, jnp.float32(1)), bins).sum, ({}, jnp.float32(0))
+
+    return objective
+
+
+def gradient(fns, objective, params, bins: packing.Bins, weight):
+    """Gradient of (sum over all bins) / weight, microbatch by microbatch.
+
+    The number of microbatches is data: as many as the fullest shard needs. Sums are divided
+    once, so neither it nor the number of bins or shards changes the gradient.
+
+    Args:
+      objective: (params, Bins of [n, C]) -> (loss sum, (dict of sums, a maximum)).
+      bins: [shards, N, C]. weight: [] float32, of the whole batch.
+
+    Returns:
+      (gradient, (loss, sums / weight, maximum)).
+    """
+    step = fns.sizes.bins_per_step
+    value = jax.value_and_grad(jax.jit(objective), has_aux=True)  # traced once, for its shapes too
+    shapes = jax.eval_shape(value, params, jax.eval_shape(lambda: microbatch(fns, bins, 0)))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)  # whatever the parameters are
+
+    def body(carry):
+        i, ((loss, (sums, top)), grads) = carry
+        (new_loss, (new_sums, new_top)), new_grads = value(params, microbatch(fns, bins, i))
+        add = functools.partial(jax.tree.map, jnp.add)
+        total = (loss + new_loss, (add(sums, new_sums), jnp.maximum(top, new_top))), add(grads, new_grads)
+        return i + 1, total
+
+    _, ((loss, (sums, top)), grads) = jax.lax.while_loop(
+        lambda carry: carry[0] * step < jnp.max(bins.count), body, (jnp.int32(0), zero)
+    )
+    norm = jnp.maximum(weight, 1e-9)
+    grads, sums = jax.tree.map(lambda x: x / norm, (grads, sums))
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+    return grads, (loss / norm, sums, top)
