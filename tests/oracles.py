@@ -53,11 +53,12 @@ def random_tree(rng, rows=7, slots=5, *, fork=0.4, end=0.12, prune=0.08, vocab=9
 def leaf_cells(tree) -> dict:
     """Leaf index -> its cells from the prompt down, by walking parents one by one."""
     result = {}
-    for index, (row, column) in enumerate(np.asarray(tree.leaf)):
+    parent = np.asarray(tree.parent).tolist()
+    for index, (row, column) in enumerate(np.asarray(tree.leaf).tolist()):
         cells = []
         while row >= 0:
-            cells.append((int(row), int(column)))
-            column = np.asarray(tree.parent)[row, column]
+            cells.append((row, column))
+            column = parent[row][column]
             row -= 1
         if cells:
             result[index] = cells[::-1]
@@ -96,40 +97,6 @@ def nodes(tree) -> list:
         while len(children[chain[-1]]) == 1:
             chain += children[chain[-1]]
         result.append(chain)
-    return result
-
-
-def branch_depthwise(tree, reward, *, virtual=True, std=True, eps=1e-6, clip=5.0):
-    """BranchGRPO's eq. 3 (beta 0) and 4 by recursion over nodes: float64 [S, K]."""
-    below = leaf_cells(tree)
-    depth = depths(tree)
-    result = np.zeros(np.asarray(tree.token).shape)
-    chains = nodes(tree)
-    value = {c[0]: np.mean([reward[leaf] for leaf, cells in below.items() if c[0] in cells]) for c in chains}
-    for d in range(max(depth.values(), default=-1) + 1):
-        mine = [c for c in chains if depth[c[0]] == d]
-        pool = [value[c[0]] for c in mine]
-        if virtual:
-            pool += [reward[leaf] for leaf, cells in below.items() if depth[cells[-1]] < d]
-        if len(pool) < 2 or np.std(pool, ddof=1) < 1e-6:
-            continue
-        for chain in mine:
-            a = value[chain[0]] - np.mean(pool)
-            a = a / (np.std(pool, ddof=1) + eps) if std else a
-            for cell in chain:
-                result[cell] = np.clip(a, -clip, clip)
-    return result
-
-
-def grpo(tree, reward, *, std=True, eps=1e-6):
-    """GRPO over the leaves: float64 [L]."""
-    leaves = list(leaf_cells(tree))
-    result = np.zeros(len(reward))
-    values = [float(reward[leaf]) for leaf in leaves]
-    if len(values) >= 2 and np.std(values, ddof=1) >= 1e-6:
-        for leaf in leaves:
-            a = reward[leaf] - np.mean(values)
-            result[leaf] = a / (np.std(values, ddof=1) + eps) if std else a
     return result
 
 

@@ -50,8 +50,9 @@ def dr_grpo(tree: T.Tree, reward: jax.Array) -> jax.Array:
 def rloo(tree: T.Tree, reward: jax.Array) -> jax.Array:
     """Subtracts the mean of the other leaves: A_l = r_l - mean of r_j over j != l.
 
-    RLOO, arXiv 2402.14740, section 2.3; equals n / (n - 1) times Dr. GRPO's. A single leaf has no
-    baseline and gets zero (trl; verl: its raw reward).
+    RLOO, arXiv 2402.14740, section 2.3. Differs from GRPO by the missing standard deviation and the
+    leaf's own reward, which is not in its baseline: it is n / (n - 1) times Dr. GRPO's. A single
+    leaf has no baseline and gets zero (trl; verl: its raw reward).
     """
     _, count, _, _ = _group(tree, reward)
     return dr_grpo(tree, reward) * count / jnp.maximum(count - 1, 1)
@@ -108,13 +109,10 @@ def mc_grpo(
     """
     valid, count, _, contrast = _group(tree, reward)
 
-    def median(x):
-        order = jnp.argsort(jnp.where(valid, x, jnp.inf), stable=True)
-        pivot = order[jnp.maximum(count - 1, 0) // 2]
-        return x[pivot], pivot
-
-    centre, pivot = median(reward)
-    deviation, _ = median(jnp.abs(reward - centre))
+    median = lambda x: jnp.sort(jnp.where(valid, x, jnp.inf))[jnp.maximum(count - 1, 0) // 2]
+    centre = median(reward)
+    deviation = median(jnp.abs(reward - centre))
+    pivot = jnp.argmax(valid & (reward == centre))
     advantage = jnp.where(valid & contrast, (reward - centre) / (jnp.maximum(deviation, floor) + eps), 0.0)
     if rescale:
         advantage = advantage * count / jnp.maximum(jnp.sum(jnp.abs(advantage) > 1e-6), 1)

@@ -60,10 +60,10 @@ def spo_tree(tree: T.Tree, reward: jax.Array, *, segment: int = 0, std: bool = F
     chex.assert_equal_shape([reward, tree.leaf[:, 0]])
     nodes = N.levels(tree, segment)
     value, spread = N.child_values(nodes, reward)
-    advantage = value - N.above(value)
+    advantage, spread = value - N.above(value), N.above(spread)
     if std:
-        advantage = jnp.where(N.above(spread) >= ROUNDING, advantage / (N.above(spread) + eps), 0.0)
-    return N.to_cells(tree, nodes, jnp.where(nodes.real, advantage, 0.0))
+        advantage = advantage / (spread + eps)
+    return N.to_cells(tree, nodes, jnp.where(nodes.real & (spread >= ROUNDING), advantage, 0.0))
 
 
 def treepo(
