@@ -16,6 +16,7 @@ from treerl import metrics, sharding, train
 from treerl.checkpoint import Checkpoints
 from treerl.config import default
 from treerl.errors import UserError, writing
+from treerl.experiment import Experiment, load
 
 # of what Orbax leaves half done
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -244,7 +245,7 @@ def test_a_data_folder_that_is_a_file(tmp_path):
 # --- a run whose steps and reports cost nothing: its loop, its files and Orbax are real -----------
 
 
-class Quick(train.Experiment):
+class Quick(Experiment):
     before_step = staticmethod(lambda number: None)
 
     def __init__(self, config):
@@ -404,7 +405,7 @@ def test_a_damaged_config(quick, finished, tmp_path):
     (workdir / "config.json").write_bytes((finished / "config.json").read_bytes()[:100])
     before = files(workdir)
     message = f"{workdir}/config.json is damaged; give another --workdir, or put the run's own config there."
-    assert sentence(quick) == sentence(train.load, str(workdir)) == message
+    assert sentence(quick) == sentence(load, str(workdir)) == message
     assert files(workdir) == before
 
 
@@ -418,14 +419,14 @@ def test_a_damaged_metrics_file(quick, finished, tmp_path):
 
 
 def test_a_workdir_of_no_run():
-    assert sentence(train.load, "/nowhere/run") == (
+    assert sentence(load, "/nowhere/run") == (
         "workdir=/nowhere/run has no config.json; give the workdir of a run made by launch.train."
     )
 
 
 def test_a_workdir_without_a_checkpoint(finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run", ignore=lambda *_: ["checkpoints"])
-    assert sentence(train.load, str(workdir)) == (
+    assert sentence(load, str(workdir)) == (
         f"workdir={workdir} has no checkpoint yet; wait for the first or train longer."
     )
 
@@ -459,12 +460,12 @@ def test_a_damaged_checkpoint(damage, quick, finished, tmp_path):
         f"and copy {best}/0 into {latest} too to go on from there."
     )
     assert sentence(functools.partial(quick, steps=4)) == message
-    assert sentence(train.load, str(workdir)) == message
+    assert sentence(load, str(workdir)) == message
     assert files(workdir) == before
     shutil.rmtree(latest / "4")
     if damage == "arrays cut":
         shutil.copytree(best / "0", latest / "0")
-        assert train.load(str(workdir))[2] == 0
+        assert load(str(workdir))[2] == 0
     if damage in ("arrays cut", "all gone"):
         assert quick(steps=4)["steps"] == 4
 
@@ -474,7 +475,7 @@ def test_a_damaged_best_checkpoint(damage, finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     os.truncate(workdir / "checkpoints/best/0" / damage, 5)
     folder = {"metrics/metrics": "best", "state/_METADATA": "best/0"}[damage]
-    assert sentence(functools.partial(train.load, str(workdir), best=True)) == (
+    assert sentence(functools.partial(load, str(workdir), best=True)) == (
         f"checkpoint {workdir}/checkpoints/{folder} is damaged; delete it to go on without a best checkpoint."
     )
 
