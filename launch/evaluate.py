@@ -3,7 +3,8 @@
 python -m launch.evaluate --workdir=DIR [--best]
 
 Prints one JSON line on standard output: the checkpoint's step and unbiased pass@k for k = 1, 2,
-4, ... up to the samples drawn for each example (evaluation.samples of the run's config).
+4, ... up to the samples drawn for each example (evaluation.samples of the run's config). Examples
+are spread over the devices of this machine, which need not be those of the run.
 """
 import json
 

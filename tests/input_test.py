@@ -1,5 +1,6 @@
 """Bad input ends with one sentence that names the field and the fix, and leaves nothing behind."""
 import functools
+import json
 import os
 import pathlib
 import resource
@@ -428,6 +429,24 @@ def test_a_workdir_without_a_checkpoint(finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run", ignore=lambda *_: ["checkpoints"])
     assert sentence(load, str(workdir)) == (
         f"workdir={workdir} has no checkpoint yet; wait for the first or train longer."
+    )
+
+
+def test_a_run_trained_on_other_devices(finished, tmp_path):
+    """What launch.evaluate does with a run of eight devices on a machine with one."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["mesh"]["data"] == -1
+    config["mesh"].update(data=8)
+    (workdir / "config.json").write_text(json.dumps(config))
+    run = launch("evaluate", f"--workdir={workdir}")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == launch("evaluate", f"--workdir={finished}").stdout
+    assert json.loads(run.stdout)["step"] == 4
+    assert json.loads((workdir / "config.json").read_text()) == config
+    assert sentence(functools.partial(load, str(workdir), mesh=dict(tensor=64))) == (
+        f"mesh.data=-1, mesh.fsdp=1, mesh.tensor=64 does not fit the number of devices, {jax.device_count()}; "
+        f"set sizes that multiply to {jax.device_count()}, or one of them to -1 for the rest."
     )
 
 

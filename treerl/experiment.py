@@ -136,13 +136,19 @@ def grow(fns: S.Fns, params, prompts, key, step, knobs) -> Grown:
     return Grown(tree, reward, credit, stats.forks, stats.pruned)
 
 
-def load(workdir: str, *, best: bool = False) -> tuple[Experiment, object, int]:
-    """Rebuilds the experiment of a workdir and restores its latest (or best) checkpoint.
+def load(workdir: str, *, best: bool = False, mesh: dict | None = None) -> tuple[Experiment, object, int]:
+    """Rebuilds the experiment of a workdir on this machine's devices and restores its latest (or best) checkpoint.
+
+    Args:
+      mesh: sizes of the axes that differ from data=-1, fsdp=1, tensor=1; those the run was trained
+        with belong to the devices it was trained on.
 
     Returns:
       (experiment, state, step).
     """
-    experiment = Experiment(ConfigDict(read_config(workdir)))
+    config = ConfigDict(read_config(workdir))
+    config.mesh = dict(data=-1, fsdp=1, tensor=1) | (mesh or {})
+    experiment = Experiment(config)
     checkpoints = Checkpoints(workdir, read_only=True)
     restore = checkpoints.restore_best if best else checkpoints.restore_latest
     restored = restore(experiment.state_shape())
