@@ -14,6 +14,7 @@ import pytest
 
 from events_oracle import scalars
 from profiling_test import traced_steps
+from report_test import drawn
 from treerl import metrics
 from treerl.experiment import Experiment, load
 from treerl.workdir import claim, write_config
@@ -271,6 +272,10 @@ def test_report(runs):
     for name in ("pass@1", "pass@3"):
         before, after = (f"<td>{runs['summary'][f'{name}_{moment}']:.4g}</td>" for moment in ("before", "after"))
         assert f"<td>{name}</td>{before}{after}" in page
+    training, warm = drawn(page)
+    names = {name for line in story(runs["folder"] / "killed") for name in line}
+    assert sorted(name for _, panel in training for name in panel) == sorted(names - {"step"} | {"seconds"})
+    assert sorted(name for _, panel in warm for name in panel) == ["loss", "pass@1", "pass@2", "pass@3"]
 
 
 def test_only_what_the_design_names_is_written(runs):
