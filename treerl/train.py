@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from treerl import draw, events, metrics, profiling, report, sharding
+from treerl import draw, events, masked, metrics, profiling, report, sharding
 from treerl import prompts as P
 from treerl import step as S
 from treerl.checkpoint import Checkpoints
@@ -268,8 +268,8 @@ def example_trees(experiment: Experiment, state, count: int = 16, shown: int = 4
     grown = experiment.grow(state.params, examples, step=int(state.step))
     valid = grown.tree.leaf[..., 0] >= 0
     right = np.sum(valid & (grown.reward >= draw.CORRECT), axis=1)
-    mean = np.sum(grown.reward, axis=1) / np.maximum(np.sum(valid, axis=1), 1)  # a missing leaf has reward 0
-    contrast = np.sum(valid * (grown.reward - mean[:, None]) ** 2, axis=1)
+    mean = masked.mean(grown.reward, valid, axis=1)
+    contrast = masked.total((grown.reward - mean[:, None]) ** 2, valid, axis=1)
     busy = (grown.forks + grown.pruned) / (1 + np.max(grown.forks + grown.pruned))  # decides among equals
     picks = []
     earns = 1e6 * (contrast > 0)
