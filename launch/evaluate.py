@@ -3,7 +3,8 @@
 python -m launch.evaluate --workdir=DIR [--best]
 
 Prints one JSON line on standard output: the checkpoint's step and unbiased pass@k for k = 1, 2,
-4, ... up to the samples drawn for each example (evaluation.samples of the run's config).
+4, ... up to the samples drawn for each example (evaluation.samples of the run's config). Examples
+are spread over the devices of this machine, which need not be those of the run.
 """
 import json
 
@@ -17,7 +18,7 @@ flags.mark_flag_as_required("workdir")
 
 
 def main():
-    from treerl.train import load  # after the flags: a wrong one must not cost the import of jax
+    from treerl.experiment import load  # after the flags: a wrong one must not cost the import of jax
 
     experiment, state, step = load(_WORKDIR.value, best=_BEST.value)
     print(json.dumps(dict(step=step, **experiment.evaluate(state.params))))

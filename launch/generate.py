@@ -17,7 +17,7 @@ flags.mark_flags_as_required(["workdir", "prompt"])
 
 
 def main():
-    from treerl.train import load  # after the flags: a wrong one must not cost the import of jax
+    from treerl.experiment import load  # after the flags: a wrong one must not cost the import of jax
 
     experiment, state, step = load(_WORKDIR.value, best=_BEST.value)
     example = experiment.parse(_PROMPT.value)

@@ -1,5 +1,6 @@
 """Bad input ends with one sentence that names the field and the fix, and leaves nothing behind."""
 import functools
+import json
 import os
 import pathlib
 import resource
@@ -16,6 +17,7 @@ from treerl import metrics, sharding, train
 from treerl.checkpoint import Checkpoints
 from treerl.config import default
 from treerl.errors import UserError, writing
+from treerl.experiment import Experiment, load
 
 # of what Orbax leaves half done
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -161,10 +163,11 @@ def test_unknown_and_missing_fields():
 def test_every_field_was_thought_of():
     """A field has a rule, can be anything of its type, or is checked where its names are known."""
     ruled = [name for _, _, names in C.RULES for name in names.split()]
-    anything = {"branching.greedy", "learner.remat", "model.qk_norm", "model.qkv_bias", "model.tied"}
+    anything = {"branching.greedy", "learner.reference", "learner.remat", "model.qk_norm", "model.qkv_bias", "model.tied"}
     elsewhere = {  # see `test_runs_that_can_never_start` and countdown_test
-        "advantage.name", "advantage.options", "branching.rule", "learner.weighting", "optimizer.schedule",
-        "pruning.rule", "mesh.data", "mesh.fsdp", "mesh.tensor",
+        "advantage.name", "advantage.options", "advantage.multipliers", "branching.rule", "learner.aggregation",
+        "learner.forced", "learner.importance", "learner.kl_estimate", "learner.objective", "learner.proximal",
+        "optimizer.ess", "optimizer.schedule", "pruning.rule", "mesh.data", "mesh.fsdp", "mesh.tensor",
     }  # fmt: skip
     known = {name for name, _ in C.fields(default()) if not name.startswith("task.")}
     assert len(ruled) == len(set(ruled))
@@ -192,9 +195,46 @@ def small(data, **changes):
     (dict(sampler__slots=0), 1, "sampler.slots=0 cannot work; set it to 1 or more."),
     (dict(task__name="chess"), 1, "task.name='chess' is unknown; known are countdown."),
     (dict(task__numbers_min=0), 1, "task.numbers_min=0 cannot work; set it to 2 or more."),
-    (dict(advantage__name="ppo"), 1, "advantage.name='ppo' is unknown; known are branch_depthwise, grpo."),
+    (dict(advantage__name="ppo"), 1,
+     "advantage.name='ppo' is unknown; known are branch_depthwise, dr_grpo, eptree, gigpo, grpo, hgpo, mc_grpo, "
+     "minimum_variance, opo, reinforce_pp, rloo, spo_tree, tree_grpo, treepo."),
     (dict(advantage__options=C.ConfigDict(dict(clp=3.0))), 1,
-     "advantage.options has no 'clp' for advantage.name=branch_depthwise; known are clip, eps, std, virtual."),
+     "advantage.options has no 'clp' for advantage.name=branch_depthwise; known are beta, clip, ddof, eps, fusion, "
+     "per_token, pool, segment, std, virtual."),
+    (dict(advantage__name="rloo", advantage__options=C.ConfigDict(dict(std=True))), 1,
+     "advantage.options has no 'std' for advantage.name=rloo; known are none."),
+    (dict(advantage__options=C.ConfigDict(dict(pool="tree"))), 1,
+     "advantage.options.pool='tree' is unknown; known are depth, prompt, sibling."),
+    (dict(advantage__options=C.ConfigDict(dict(segment=-1))), 1,
+     "advantage.options.segment=-1 cannot work; set it to 0 or more."),
+    (dict(advantage__multipliers=C.ConfigDict(dict(zap={}))), 1,
+     "advantage.multipliers='zap' is unknown; known are ace, ear, gdro, novelty."),
+    (dict(advantage__multipliers=C.ConfigDict(dict(ear=3))), 1,
+     "advantage.multipliers.ear=3 is no dict of options; set it to {} for the defaults."),
+    (dict(advantage__multipliers=C.ConfigDict(dict(ear=dict(low=1.0)))), 1,
+     "advantage.multipliers.ear has no 'low' for ear; known are floor."),
+    (dict(advantage__multipliers=C.ConfigDict(dict(novelty={}))), 1,
+     "advantage.multipliers: novelty reads the credit of leaves, and advantage.name=branch_depthwise gives credit to "
+     "cells; use one of dr_grpo, grpo, mc_grpo, minimum_variance, opo, reinforce_pp, rloo, tree_grpo, treepo."),
+    (dict(advantage__multipliers=C.ConfigDict(dict(ace={}))), 1,
+     "advantage.multipliers: ace compares the policy with a reference policy and none is kept; set "
+     "learner.reference=True, or learner.kl above 0."),
+    (dict(learner__objective="gspo"), 1,
+     "learner.objective=gspo has one ratio a rollout and needs the credit of leaves, and advantage.name=branch_depthwise "
+     "gives credit to cells; use one of dr_grpo, grpo, mc_grpo, minimum_variance, opo, reinforce_pp, rloo, tree_grpo, "
+     "treepo, or learner.objective=ppo or cispo."),
+    (dict(learner__objective="gspo", learner__forced="mask", advantage__name="grpo"), 1,
+     "learner.objective=gspo has one ratio a rollout, without weights of tokens; set learner.forced=policy and "
+     "learner.importance=none, or learner.objective=ppo or cispo."),
+    (dict(learner__importance="truncate", branching__greedy=True), 1,
+     "learner.importance weighs tokens by the log-probs they were sampled with, and branching.greedy=True takes "
+     "tokens without sampling; set branching.greedy=False, or weigh nothing."),
+    (dict(optimizer__ess="sqrt", branching__greedy=True), 1,
+     "optimizer.ess weighs tokens by the log-probs they were sampled with, and branching.greedy=True takes "
+     "tokens without sampling; set branching.greedy=False, or weigh nothing."),
+    (dict(learner__overlong_buffer=17), 1,
+     "learner.overlong_buffer=17 is longer than sampler.answer_length=16; shorten it."),
+    (dict(optimizer__ess="cubic"), 1, "optimizer.ess='cubic' is unknown; known are linear, none, sqrt."),
     (dict(advantage__options=C.ConfigDict(dict(clip="x"))), 1,
      "advantage.options.clip='x' is no float; set one such as 5.0."),
     (dict(branching__rule="magic"), 1, "branching.rule='magic' is unknown; known are lookahead, stochastic."),
@@ -202,7 +242,12 @@ def small(data, **changes):
     (dict(pruning__windows=(4, 60)), 1,
      "pruning.windows=(4, 60) must be lengths from 1 to sampler.answer_length=16; "
      "shorten them, or set pruning.rule=none."),
-    (dict(learner__weighting="magic"), 1, "learner.weighting='magic' is unknown; known are sequence, token."),
+    (dict(learner__aggregation="magic"), 1, "learner.aggregation='magic' is unknown; known are constant, sequence, token."),
+    (dict(learner__objective="magic"), 1, "learner.objective='magic' is unknown; known are cispo, gspo, ppo."),
+    (dict(learner__kl_estimate="k4"), 1, "learner.kl_estimate='k4' is unknown; known are k1, k2, k3."),
+    (dict(learner__proximal="magic"), 1, "learner.proximal='magic' is unknown; known are learner, sampler."),
+    (dict(learner__forced="magic"), 1, "learner.forced='magic' is unknown; known are importance, mask, policy."),
+    (dict(learner__importance="magic"), 1, "learner.importance='magic' is unknown; known are mask, none, truncate."),
     (dict(optimizer__schedule="magic"), 1, "optimizer.schedule='magic' is unknown; use 'constant' or 'cosine'."),
     (dict(learner__bin_tokens=20), 1,
      "learner.bin_tokens=20 is less than sampler.prompt_length + sampler.answer_length = 28; "
@@ -244,7 +289,7 @@ def test_a_data_folder_that_is_a_file(tmp_path):
 # --- a run whose steps and reports cost nothing: its loop, its files and Orbax are real -----------
 
 
-class Quick(train.Experiment):
+class Quick(Experiment):
     before_step = staticmethod(lambda number: None)
 
     def __init__(self, config):
@@ -404,7 +449,7 @@ def test_a_damaged_config(quick, finished, tmp_path):
     (workdir / "config.json").write_bytes((finished / "config.json").read_bytes()[:100])
     before = files(workdir)
     message = f"{workdir}/config.json is damaged; give another --workdir, or put the run's own config there."
-    assert sentence(quick) == sentence(train.load, str(workdir)) == message
+    assert sentence(quick) == sentence(load, str(workdir)) == message
     assert files(workdir) == before
 
 
@@ -418,16 +463,30 @@ def test_a_damaged_metrics_file(quick, finished, tmp_path):
 
 
 def test_a_workdir_of_no_run():
-    assert sentence(train.load, "/nowhere/run") == (
+    assert sentence(load, "/nowhere/run") == (
         "workdir=/nowhere/run has no config.json; give the workdir of a run made by launch.train."
     )
 
 
 def test_a_workdir_without_a_checkpoint(finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run", ignore=lambda *_: ["checkpoints"])
-    assert sentence(train.load, str(workdir)) == (
+    assert sentence(load, str(workdir)) == (
         f"workdir={workdir} has no checkpoint yet; wait for the first or train longer."
     )
+
+
+def test_a_run_trained_on_other_devices(finished, tmp_path):
+    """What launch.evaluate does with a run of eight devices on a machine with one."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["mesh"]["data"] == -1
+    config["mesh"].update(data=8)
+    (workdir / "config.json").write_text(json.dumps(config))
+    run = launch("evaluate", f"--workdir={workdir}")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == launch("evaluate", f"--workdir={finished}").stdout
+    assert json.loads(run.stdout)["step"] == 4
+    assert json.loads((workdir / "config.json").read_text()) == config
 
 
 def largest(folder: pathlib.Path) -> pathlib.Path:
@@ -459,12 +518,12 @@ def test_a_damaged_checkpoint(damage, quick, finished, tmp_path):
         f"and copy {best}/0 into {latest} too to go on from there."
     )
     assert sentence(functools.partial(quick, steps=4)) == message
-    assert sentence(train.load, str(workdir)) == message
+    assert sentence(load, str(workdir)) == message
     assert files(workdir) == before
     shutil.rmtree(latest / "4")
     if damage == "arrays cut":
         shutil.copytree(best / "0", latest / "0")
-        assert train.load(str(workdir))[2] == 0
+        assert load(str(workdir))[2] == 0
     if damage in ("arrays cut", "all gone"):
         assert quick(steps=4)["steps"] == 4
 
@@ -474,7 +533,7 @@ def test_a_damaged_best_checkpoint(damage, finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     os.truncate(workdir / "checkpoints/best/0" / damage, 5)
     folder = {"metrics/metrics": "best", "state/_METADATA": "best/0"}[damage]
-    assert sentence(functools.partial(train.load, str(workdir), best=True)) == (
+    assert sentence(functools.partial(load, str(workdir), best=True)) == (
         f"checkpoint {workdir}/checkpoints/{folder} is damaged; delete it to go on without a best checkpoint."
     )
 

@@ -13,15 +13,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROWS = [
     {"errors"},
     {"types", "masked", "config", "sharding", "tokenizers"},
-    {"tree", "attention", "optimizer", "checkpoint", "tasks"},
+    {"tree", "attention", "optimizer", "checkpoint", "tasks", "workdir"},
     {"models", "prompts", "branching", "pruning"},
     {"sampler", "rewards", "advantages", "packing", "losses", "metrics", "events", "profiling", "draw", "report"},
     {"functions", "learner", "evaluate"},
     {"step"},
+    {"experiment"},
     {"train", "bench"},
 ]
 ROW_OF = {unit: number for number, row in enumerate(ROWS) for unit in row}
-READS_CONFIG = {"config", "functions", "train", "bench"}
+READS_CONFIG = {"config", "workdir", "functions", "experiment", "train", "bench"}
 TOP_LEVEL = {"setup.py", "README.md", "LICENSE", "treerl", "experiments", "launch", "notebooks", "tests"}
 FORBIDDEN = ("tensorflow", "torch")
 
@@ -121,7 +122,7 @@ def test_every_row_names_what_exists():
     assert set(ROW_OF) - {"bench"} <= there
 
 
-def test_only_step_and_train_read_the_config():
+def test_only_the_rooms_named_above_read_the_config():
     assert config_readers(ROOT / "treerl", sections()) == []
 
 
@@ -133,6 +134,7 @@ def test_only_step_and_train_read_the_config():
         ("tree.py", "def f():\n    import treerl.step", "treerl.tree:2: imports treerl.step of row 6"),
         ("losses.py", "from . import packing", "treerl.losses:1: imports treerl.packing of row 4"),
         ("models/a.py", "from ..models import b\nfrom .. import prompts", "treerl.models.a:2: imports treerl.prompts of row 3"),
+        ("experiment.py", "from treerl.train import train", "treerl.experiment:1: imports treerl.train of row 8"),
         ("novel.py", "", "treerl.novel: is in no row; add it to DESIGN's rows and to this test"),
         ("novel/inner.py", "", "treerl.novel.inner: is in no row; add it to DESIGN's rows and to this test"),
         ("step.py", "from treerl import novel", "treerl.step:1: imports treerl.novel, which is in no row"),

@@ -69,27 +69,39 @@ def batch(seed, **options):
     return tree, prompts, leaf_credit, leaf_weight
 
 
-def flattened(params, tree, prompts, leaf_credit, leaf_weight):
-    """The clipped loss of every rollout as a row of its own: sum over leaves and tokens / weight."""
+def rollout_rows(tree, prompts):
+    """Every rollout as a row: (tokens, old log-probs, behaviour log-probs, forced, answer, each [R, P + S]; length, tree, leaf, each [R])."""
     rows = []
     for b in range(TREES):
         one = jax.tree.map(lambda x: np.asarray(x[b]), tree)
         for leaf, cells in oracles.leaf_cells(one).items():
             prompt = np.asarray(prompts.token[b])[: int(prompts.length[b])]
-            tokens = np.concatenate([prompt, [one.token[c] for c in cells]])
-            old = np.concatenate([np.zeros(len(prompt)), [one.logp_policy[c] for c in cells]])
-            real = np.arange(len(tokens)) >= len(prompt)
-            pad = ROWS + WIDTH - len(tokens)
-            rows.append([np.pad(x, (0, pad)) for x in (tokens, old, real)] + [len(tokens), b, leaf])
-    tokens, old, real, length, which, leaf = (jnp.asarray(np.stack(x)) for x in zip(*rows))
+            pad = ROWS + WIDTH - len(prompt) - len(cells)
+            line = lambda x, start: np.pad(np.concatenate([start, [x[c] for c in cells]]), (0, pad))
+            none = np.zeros(len(prompt))
+            columns = [line(one.token, prompt)] + [
+                line(x, none) for x in (one.logp_policy, one.logp_behavior, one.source == T.FORCED, one.used)
+            ]
+            rows.append(columns + [len(prompt) + len(cells), b, leaf])
+    return [jnp.asarray(np.stack(x)) for x in zip(*rows)]
+
+
+def row_logps(params, tokens, length):
+    """Log-probs [R, P + S - 1] of all tokens but the first, by a plain causal forward pass."""
+    module = MODEL.merge(params)
+    position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = module(tokens.astype(jnp.int32), position, attention.causal(length))
+    logp = jax.nn.log_softmax(module.logits(hidden[:, :-1]))
+    return jnp.take_along_axis(logp, tokens[:, 1:, None].astype(jnp.int32), axis=-1)[..., 0]
+
+
+def flattened(params, tree, prompts, leaf_credit, leaf_weight):
+    """The clipped loss of every rollout as a row of its own: sum over leaves and tokens / weight."""
+    tokens, old, _, _, real, length, which, leaf = rollout_rows(tree, prompts)
     credit, weight = leaf_credit[which, leaf], leaf_weight[which, leaf]
 
     def loss(params):
-        module = MODEL.merge(params)
-        position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = module(tokens, position, attention.causal(length))
-        logp = jax.nn.log_softmax(module.logits(hidden[:, :-1]))
-        logp = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
+        logp = row_logps(params, tokens, length)
         a, w = credit[:, None], weight[:, None] * real[:, 1:]
         ratio = jnp.exp(logp - old[:, 1:])
         gain = jnp.minimum(ratio * a, jnp.clip(ratio, 0.8, 1.2) * a)
@@ -322,23 +334,6 @@ def test_bin_bound_is_never_exceeded():
         total = np.where(np.asarray(whole), prompt[:, None] + length, length - shared)
         first, last = np.asarray(start), np.asarray(start) + np.maximum(total, 1) - 1
         assert np.all((first // size == last // size) | (length == 0)), "a leaf straddles two bins"
-
-
-def test_clipped_objective_by_hand_and_its_zero_gradients():
-    logp, old = jnp.log(jnp.array([1.5, 1.5, 0.5, 0.5, 1.0])), jnp.zeros(5)
-    positive, negative = jnp.array([1.0, 0, 1, 0, 2]), jnp.array([0.0, -1, 0, -1, -3])
-    loss, is_clipped = losses.clipped(logp, old, positive, negative, clip_low=0.2, clip_high=0.2)
-    np.testing.assert_allclose(loss, [-1.2, 1.5, -0.5, 0.8, 1.0], rtol=1e-6)
-    np.testing.assert_array_equal(is_clipped, [True, False, False, True, False])
-    total = lambda x: jnp.sum(losses.clipped(x, old, positive, negative, clip_low=0.2, clip_high=0.2)[0])
-    np.testing.assert_allclose(jax.grad(total)(logp), [0, 1.5, -0.5, 0, 1.0], rtol=1e-6)
-
-
-def test_k3_is_positive_and_unbiased():
-    p, q = jax.nn.log_softmax(jnp.array([0.3, -1.0, 0.5])), jax.nn.log_softmax(jnp.array([-0.2, 0.1, 0.4]))
-    each = losses.kl_k3(p, q)
-    assert np.all(each >= 0)
-    np.testing.assert_allclose(jnp.sum(jnp.exp(p) * each), jnp.sum(jnp.exp(p) * (p - q)), rtol=1e-5)
 
 
 def fresh(params, optimizer, reference=None):

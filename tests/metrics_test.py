@@ -1,11 +1,14 @@
 import json
 import os
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from treerl import metrics
+from treerl import tree as T
+from treerl.sampler import Stats
 
 
 def write_lines(path, steps):
@@ -131,3 +134,28 @@ def test_bad_values_are_errors_and_write_nothing(tmp_path):
         with pytest.raises(ValueError, match="rename the metric"):
             file.write(1, {"step": 2})
     assert metrics.read(path) == []
+
+
+def test_numbers_of_trees_by_hand():
+    """A tree that forks at the prompt and below, and a line alone; what is masked may be nan."""
+    parent, nan = [[-1, -1, -1], [0, 0, 2]], np.nan
+    forked = T.from_parents(
+        parent, [[1, 0, 1], [1, 1, 1]], [[1, 0], [1, 1], [1, 2]],
+        entropy=jnp.array([[1, nan, 2], [3, 0, 0]]), source=jnp.int8([[0, 0, 0], [T.FORCED, T.FORCED, 0]]),
+    )  # fmt: skip
+    line = T.from_parents(
+        parent, [[1, 0, 0], [1, 0, 0]], [[1, 0], [-1, -1], [-1, -1]],
+        entropy=jnp.array([[1, nan, nan], [0, nan, nan]]), end=jnp.int8([[0, 0, 0], [T.TRUNCATED, 0, 0]]),
+    )  # fmt: skip
+    tree = jax.tree.map(lambda *x: jnp.stack(x), forked, line)
+    reward = jnp.array([[1.0, 0.0, 0.5], [0.0, nan, nan]])
+    count = lambda *x: jnp.array(x, jnp.int32)
+    stats = Stats(sampled=count(6, 2), forks=count(1, 0), restarts=count(0, 1), pruned=count(3, 0), iterations=count(2, 2))
+    found = jax.device_get(metrics.describe(tree, reward, stats))
+    wanted = dict(
+        reward=1.5 / 4, solved=1 / 2, leaves=4 / 2, length=2, truncated=1 / 4, entropy=7 / 7, depth=(2 + 2 + 1 + 0) / 4,
+        unique_tokens=7 / 8, forced_tokens=2 / 7, forks=1 / 2, restarts=1 / 2, pruned=3 / 2, sampled_tokens=8,
+    )  # fmt: skip
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)

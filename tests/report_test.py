@@ -1,8 +1,13 @@
+import functools
 import xml.etree.ElementTree
+from fnmatch import fnmatch
 
+import jax
 import numpy as np
 
+from sharding_test import Tiny, one_device
 from treerl import report
+from treerl import step as S
 
 EVIL = '<script>alert("1")</script> & {x} $y_1$'
 
@@ -22,7 +27,22 @@ def write(path, **changes):
 
 
 def svgs(page):
-    return [part.split("</svg>")[0] + "</svg>" for part in page.split("<svg")[1:]]
+    return ["<svg" + part.split("</svg>")[0] + "</svg>" for part in page.split("<svg")[1:]]
+
+
+def drawn(page) -> list[list[tuple[str, list[str]]]]:
+    """(title, names in the legend) of each panel, for every picture with panels."""
+    result, tag = [], "{http://www.w3.org/2000/svg}"
+    for svg in svgs(page):
+        found = []
+        for panel in xml.etree.ElementTree.fromstring(svg).iter(tag + "g"):
+            if panel.get("id", "").startswith("axes_"):
+                legend = next(g for g in panel.iter(tag + "g") if g.get("id", "").startswith("legend_"))
+                names = [text.text for text in legend.iter(tag + "text")]
+                title = [text.text for text in panel.iter(tag + "text")][-1 - len(names)]
+                found.append((title, names))
+        result += [found] if found else []
+    return result
 
 
 def test_report_escapes_everything(tmp_path):
@@ -43,25 +63,29 @@ def test_report_escapes_everything(tmp_path):
 
 def test_report_draws_the_metrics_that_exist(tmp_path):
     history = [
-        {"step": 1, "reward": 0.1, "sample/entropy": 1.0, "unknown": 3.0, "kl": None},
-        {
-            "step": 2,
-            "reward": 0.2,
-            "sample/entropy": float("nan"),
-            "eval/pass@4": 0.5,
-            "kl": np.nan,
-        },
+        {"step": 1, "unknown": 3.0, "reward": 0.1, "entropy": 1.0, "kl": None},
+        {"step": 2, "my_entropy": 4.0, "reward": 0.2, "entropy": float("nan"), "pass@4": 0.5, "kl": np.nan},
     ]
     warmup = [{"step": 0, "loss": 2.0, "pass@1": 0.0}, {"step": 10, "loss": 1.0, "pass@1": 0.1}]
     page = write(tmp_path / "new" / "report.html", history=history, warmup=warmup)
-    training, warm = svgs(page)
-    for svg in (training, warm):
-        xml.etree.ElementTree.fromstring("<svg" + svg)
-    for name in ("reward", "sample/entropy", "eval/pass@4"):
-        assert f">{name}</text>" in training
-    for name in ("unknown", "kl", "KL, nats", "gradient norm"):
-        assert f">{name}</text>" not in training
-    assert ">loss</text>" in warm and ">pass@1</text>" in warm
+    training, warm = drawn(page)
+    assert training == [
+        ("reward", ["reward"]), ("pass@k on held-out examples", ["pass@4"]), ("entropy, nats", ["entropy"]),
+        ("other", ["unknown", "my_entropy"]),
+    ]  # fmt: skip
+    assert warm == [("pass@k on held-out examples", ["pass@1"]), ("loss", ["loss"])]
+
+
+def test_every_metric_of_a_step_is_drawn_once_and_no_group_is_for_none(tmp_path):
+    tiny = Tiny(one_device(), kl=0.1)
+    step = functools.partial(S.train_step, tiny.fns)
+    _, values = jax.eval_shape(step, tiny.state(), tiny.prompts(), tiny.knobs)
+    names = [*values, "pass@1", "pass@8", "seconds"]  # what train adds
+    [panels] = drawn(write(tmp_path / "report.html", history=[{"step": 1} | dict.fromkeys(names, 0.5)]))
+    assert sorted(name for _, panel in panels for name in panel) == sorted(names)
+    for _, patterns in report.GROUPS:
+        for pattern in patterns:
+            assert [name for name in names if fnmatch(name, pattern)], pattern
 
 
 def test_report_of_nothing_has_no_empty_sections(tmp_path):

@@ -69,7 +69,7 @@ def one_device() -> Mesh:
 
 
 class Tiny:
-    """The tiny step, jitted for a mesh as `train.Experiment` does.
+    """The tiny step, jitted for a mesh as `experiment.Experiment` does.
 
     The optimizer is momentum without decay or clipping, so that its state after the first step is
     the gradient. (Adam's first update is nearly the gradient's sign, which rounding can turn.)

@@ -14,8 +14,10 @@ import pytest
 
 from events_oracle import scalars
 from profiling_test import traced_steps
+from report_test import drawn
 from treerl import metrics
-from treerl.train import load
+from treerl.experiment import Experiment, load
+from treerl.workdir import claim, write_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("TREERL_KILLS", 4))  # how often the run is killed; 20 take about 5 minutes
@@ -242,7 +244,6 @@ def test_a_prompt_too_long_for_the_run(runs):
     from ml_collections import ConfigDict
 
     from treerl import tasks
-    from treerl.train import Experiment
 
     config = ConfigDict(json.loads((runs["folder"] / "whole" / "config.json").read_text()))
     config.sampler.prompt_length = 6
@@ -271,6 +272,10 @@ def test_report(runs):
     for name in ("pass@1", "pass@3"):
         before, after = (f"<td>{runs['summary'][f'{name}_{moment}']:.4g}</td>" for moment in ("before", "after"))
         assert f"<td>{name}</td>{before}{after}" in page
+    training, warm = drawn(page)
+    names = {name for line in story(runs["folder"] / "killed") for name in line}
+    assert sorted(name for _, panel in training for name in panel) == sorted(names - {"step"} | {"seconds"})
+    assert sorted(name for _, panel in warm for name in panel) == ["loss", "pass@1", "pass@2", "pass@3"]
 
 
 def test_only_what_the_design_names_is_written(runs):
@@ -281,8 +286,6 @@ def test_only_what_the_design_names_is_written(runs):
 
 def test_a_workdir_of_another_experiment_is_refused(runs, tmp_path):
     from ml_collections import ConfigDict
-
-    from treerl.train import claim, write_config
 
     config = ConfigDict(json.loads((runs["folder"] / "whole" / "config.json").read_text()))
     workdir = tmp_path / "run"

@@ -64,7 +64,7 @@ def packed(stop: jax.Array, block: int = 64) -> Attend:
 
 
 def pool(
-    prompt_length: jax.Array, path: jax.Array, row: jax.Array, write: jax.Array, rows: int, kernel: Callable
+    prompt_length: jax.Array, path: jax.Array, row: jax.Array, write: jax.Array, rows: int, form: Callable
 ) -> Attend:
     """Attention of each slot's head over its prompt and its ancestors in the pool.
 
@@ -75,7 +75,7 @@ def pool(
     Args:
       prompt_length: [B]. path: [B, K, S], column of each ancestor, the head included, -1
       elsewhere. row: [B, K], row of the head. write: [B, K] bool. rows: bounds every row in use
-      (static). kernel: `dense` or `fused`.
+      (static). form: `dense` or `fused`, see `kernel`.
     """
     _, slots, depth = path.shape
     own = jnp.arange(slots)
@@ -89,7 +89,7 @@ def pool(
         pool_v = put(pool_v, v.astype(pool_v.dtype), target)
         q = rearrange(q, "b k (g r) d -> b g k r d", g=k.shape[2])
         cache = prompt_k, prompt_v, pool_k, pool_v
-        out = kernel(q, cache, prompt_length, path, rows)
+        out = form(q, cache, prompt_length, path, rows)
         return rearrange(out.astype(v.dtype), "b g k r d -> b k (g r) d"), cache
 
     return attend
@@ -137,12 +137,12 @@ def kernel(head_dim: int, mesh: Mesh | None = None) -> Callable:
     return fused if mesh is None or mesh.size == 1 else sharded(fused, mesh)
 
 
-def sharded(kernel: Callable, mesh: Mesh) -> Callable:
-    """Runs a kernel on each device's own trees and heads; the partitioner cannot cut it itself."""
+def sharded(form: Callable, mesh: Mesh) -> Callable:
+    """Runs a form on each device's own trees and heads; the partitioner cannot cut it itself."""
     heads, trees = PartitionSpec(*TREES, "tensor"), TREES
 
     def run(q, cache, prompt_length, path, rows):
-        own = lambda *arrays: kernel(*arrays, rows)
+        own = lambda *arrays: form(*arrays, rows)
         specs = (heads, (heads,) * 4, trees, trees)
         return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(
             q, cache, prompt_length, path

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from treerl import masked
 from treerl import tree as T
 from treerl.errors import UserError
 
@@ -135,26 +136,21 @@ def describe(tree: T.Tree, reward: jax.Array, stats) -> dict:
     Args:
       tree: batched. reward: [B, L]. stats: `sampler.Stats`.
     """
-    f32 = lambda x: x.astype(jnp.float32)
     valid = jax.vmap(T.leaf_valid)(tree)
     kept = jax.vmap(T.kept)(tree)
     unique, flat = jax.vmap(T.token_count)(tree)
-    depth = jax.vmap(lambda t: T.depth(t)[1])(tree)
-    leaves = jnp.maximum(jnp.sum(valid), 1)
-    truncated = jnp.sum(tree.end == T.TRUNCATED)
-    over = lambda x: jnp.sum(jnp.where(valid, x, 0)) / leaves
     return dict(
-        reward=over(reward),
-        solved=jnp.mean(f32(jnp.any(valid & (reward > 0), axis=1))),
-        leaves=jnp.mean(f32(jnp.sum(valid, axis=1))),
-        length=over(f32(jax.vmap(T.leaf_length)(tree))),
-        truncated=truncated / leaves,
-        entropy=jnp.sum(jnp.where(kept, tree.entropy, 0)) / jnp.maximum(jnp.sum(kept), 1),
-        depth=over(f32(depth)),
+        reward=masked.mean(reward, valid),
+        solved=jnp.mean(jnp.any(valid & (reward > 0), axis=1)),
+        leaves=jnp.mean(jnp.sum(valid, axis=1)),
+        length=masked.mean(jax.vmap(T.leaf_length)(tree), valid),
+        truncated=jnp.sum(tree.end == T.TRUNCATED) / jnp.maximum(jnp.sum(valid), 1),
+        entropy=masked.mean(tree.entropy, kept),
+        depth=masked.mean(jax.vmap(lambda t: T.depth(t)[1])(tree), valid),
         unique_tokens=jnp.sum(unique) / jnp.maximum(jnp.sum(flat), 1),
-        forced_tokens=jnp.sum(kept & (tree.source == T.FORCED)) / jnp.maximum(jnp.sum(kept), 1),
-        forks=jnp.mean(f32(stats.forks)),
-        restarts=jnp.mean(f32(stats.restarts)),
-        pruned=jnp.mean(f32(stats.pruned)),
+        forced_tokens=masked.mean(tree.source == T.FORCED, kept),
+        forks=jnp.mean(stats.forks),
+        restarts=jnp.mean(stats.restarts),
+        pruned=jnp.mean(stats.pruned),
         sampled_tokens=jnp.sum(stats.sampled),
     )

@@ -23,7 +23,7 @@ def make_optimizer(config, steps: int) -> optax.GradientTransformation:
     else:
         raise UserError(f"optimizer.schedule={config.schedule!r} is unknown; use 'constant' or 'cosine'.")
     if config.ess not in ESS:
-        raise UserError(f"optimizer.ess={config.ess!r} is unknown; known are none, {', '.join(sorted(set(ESS) - {'none'}))}.")
+        raise UserError(f"optimizer.ess={config.ess!r} is unknown; known are {', '.join(sorted(ESS))}.")
     scale = [] if config.ess == "none" else [scale_by_ess(config.ess_base, rule=config.ess)]
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

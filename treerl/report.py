@@ -9,23 +9,23 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-# (title, names of the metrics drawn together); a name may stand behind a prefix such as "eval/".
+# (title, patterns of the metrics drawn together), the most wanted first; what no pattern knows is drawn as "other".
 GROUPS = (
-    ("reward", ("reward*", "return*", "accuracy*")),
-    ("pass@k", ("pass@*", "majority*", "vote*")),
-    ("entropy, nats", ("entropy*",)),
-    ("KL, nats", ("kl*",)),
-    ("loss", ("loss*",)),
-    ("ratio and clipping", ("ratio*", "clip*")),
-    ("gradient norm", ("grad_norm*", "gradient_norm*")),
-    ("answer length, tokens", ("length*", "tokens_per_leaf*")),
-    ("leaves and forks per tree", ("leaves*", "forks*", "depth*", "slots*", "tree/*", "tree_*")),
-    ("pruned and cut lines", ("pruned*", "cut*", "truncated*", "finished*")),
-    ("tokens", ("tokens*", "unique_tokens*", "shared*")),
-    ("learning rate", ("learning_rate*", "lr")),
-    ("seconds", ("seconds*", "*_seconds")),
+    ("reward", ("reward", "solved")),
+    ("pass@k on held-out examples", ("pass@*",)),
+    ("loss", ("loss",)),
+    ("gradient norm", ("grad_norm",)),
+    ("drift of log-probs, nats", ("logp_drift*",)),
+    ("clipped tokens, skipped updates", ("clipped", "skipped")),
+    ("KL, nats", ("kl",)),
+    ("entropy, nats", ("entropy",)),
+    ("leaves, forks and depth of a tree", ("leaves", "depth", "forks", "restarts", "pruned")),
+    ("shares of tokens, leaves and trees", ("unique_tokens", "forced_tokens", "truncated", "trees_trained", "ess")),
+    ("length of an answer, tokens", ("length",)),
+    ("tokens sampled", ("sampled_tokens",)),
+    ("bins", ("bins",)),
+    ("seconds", ("seconds",)),
 )
-WARMUP_GROUPS = (("warm-up loss", ("loss*",)), ("warm-up pass@k", ("pass@*",)))
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -70,8 +70,7 @@ def write_report(
 ) -> None:
     """Writes report.html, one file that needs nothing beside it and no network.
 
-    Sections with nothing to show are left out; metrics are looked up by GROUPS, so keys that a
-    run does not have are no error.
+    Sections and panels with nothing to show are left out; every metric is in one panel, see GROUPS.
 
     Args:
         path: file to write; its folder is created if missing. A reader never sees half a page.
@@ -85,8 +84,8 @@ def write_report(
     """
     sections = [
         ("Before and after", _table(before, after)),
-        ("Training", _curves(history, GROUPS)),
-        ("Warm-up", _curves(warmup, WARMUP_GROUPS)),
+        ("Training", _curves(history)),
+        ("Warm-up", _curves(warmup)),
         ("Trees", "\n".join(_tree(*tree) for tree in trees)),
         (
             "Configuration",
@@ -126,10 +125,12 @@ def _number(value) -> str:
     return value if isinstance(value, str) else f"{float(value):.4g}"
 
 
-def _curves(lines: list[dict], groups) -> str:
+def _curves(lines: list[dict]) -> str:
     """One SVG with a panel for every group that the lines have numbers of; '' without any."""
-    panels = [(title, _series(lines, patterns)) for title, patterns in groups]
-    panels = [(title, series) for title, series in panels if series]
+    groups = {title: {} for title in [*(title for title, _ in GROUPS), "other"]}
+    for name, points in _series(lines).items():
+        groups[_group(name)][name] = points
+    panels = [(title, series) for title, series in groups.items() if series]
     if not panels:
         return ""
     rows = -(-len(panels) // 2)
@@ -153,15 +154,19 @@ def _curves(lines: list[dict], groups) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _series(lines: list[dict], patterns) -> dict:
-    """name -> (steps, values) of the finite numbers whose names match one of the patterns."""
+def _series(lines: list[dict]) -> dict:
+    """name -> (steps, values) of the finite numbers."""
     series = {}
     for line in lines:
         for name, value in line.items():
             if name == "step" or not isinstance(value, (int, float)) or not np.isfinite(value):
                 continue
-            if any(fnmatch(part, p) for p in patterns for part in (name, name.split("/")[-1])):
-                steps, values = series.setdefault(name, ([], []))
-                steps.append(line["step"])
-                values.append(value)
+            steps, values = series.setdefault(name, ([], []))
+            steps.append(line["step"])
+            values.append(value)
     return series
+
+
+def _group(name: str) -> str:
+    """Title of the first group that knows the metric."""
+    return next((title for title, patterns in GROUPS if any(fnmatch(name, p) for p in patterns)), "other")

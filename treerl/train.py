@@ -1,12 +1,10 @@
-"""The host loop: warm start, training, evaluation, checkpoints, and the report at the end."""
+"""The host loop: signals, warm start, training, checkpoints, and the report at the end."""
 import contextlib
 import functools
-import json
 import os
 import signal
 import threading
 import time
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +12,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from treerl import draw, events, masked, metrics, profiling, report, sharding
 from treerl import prompts as P
-from treerl import draw, events, metrics, profiling, report, sharding, tasks
 from treerl import step as S
-from treerl import tree as T
-from treerl.checkpoint import Checkpoints, abstract
-from treerl.config import check, fields
+from treerl.checkpoint import Checkpoints
 from treerl.errors import UserError, writing
-from treerl.evaluate import pass_at_k
+from treerl.experiment import Experiment
 from treerl.optimizer import make_optimizer
+from treerl.workdir import claim, write_config
 
 REFUSED = "make room or allow it, and the same command goes on from the last checkpoint."
 
@@ -60,123 +57,6 @@ def first_signal():
         yield caught
     finally:
         restore()
-
-
-class Grown(NamedTuple):
-    """Trees grown and graded, on the host."""
-
-    tree: T.Tree  # B in front
-    reward: np.ndarray  # [B, L] float32
-    advantage: np.ndarray  # [B, S, K] float32; of leaf credit, the mean over the leaves below a cell
-    forks: np.ndarray  # [B] int32
-    pruned: np.ndarray  # [B] int32
-
-
-class Experiment:
-    """A config built: its task, its functions compiled for the mesh, its held-out examples."""
-
-    def __init__(self, config: ConfigDict):
-        check(config)
-        self.config = config
-        self.mesh = sharding.make_mesh(**config.mesh)
-        self.task = tasks.make(config.task, os.path.expanduser(config.data_dir))
-        self.fns = S.make_fns(config, self.task, self.mesh)
-        self.knobs = jax.device_put(S.make_knobs(config, self.task), sharding.replicated(self.mesh))
-        trees, whole = sharding.trees(self.mesh), sharding.replicated(self.mesh)
-        self.trees = trees
-        self.shardings = S.state_shardings(self.fns)
-        self.init = jax.jit(functools.partial(S.init_state, self.fns), static_argnums=0, out_shardings=self.shardings)
-        self.train_step = jax.jit(
-            functools.partial(S.train_step, self.fns),
-            in_shardings=(self.shardings, trees, whole),
-            out_shardings=(self.shardings, whole),
-            donate_argnums=0,
-        )
-        self._evaluate = jax.jit(
-            functools.partial(S.evaluate_step, self.fns, samples=config.evaluation.samples),
-            in_shardings=(self.shardings.params, trees, whole, whole),
-            out_shardings=whole,
-        )
-        self._grow = jax.jit(functools.partial(grow, self.fns))
-        count = min(config.evaluation.examples, len(self.task.heldout))
-        batch = min(config.evaluation.batch, count)
-        shards = sharding.tree_shards(self.mesh)
-        if batch % shards or count % batch:
-            raise UserError(
-                f"evaluation.batch={batch} must divide over {shards} shards and into the {count} held-out "
-                "examples used; change evaluation.batch or evaluation.examples."
-            )
-        self._heldout = [
-            self.prompts([self.task.heldout[i] for i in range(start, start + batch)], np.arange(start, start + batch))
-            for start in range(0, count, batch)
-        ]
-
-    def prompts(self, examples, index):
-        """Examples as prompts on the mesh."""
-        return P.to_device(P.encode(self.task, examples, index, self.config.sampler.prompt_length), self.trees)
-
-    def stream(self) -> P.Stream:
-        """The training examples of this seed."""
-        return P.Stream(self.task.train, self.config.seed)
-
-    def state_shape(self):
-        """The state as ShapeDtypeStructs with shardings, to restore into."""
-        return abstract(jax.eval_shape(lambda: S.init_state(self.fns, 0)), self.shardings)
-
-    def evaluate(self, params, seed: int = 0) -> dict:
-        """Unbiased pass@k on held-out examples for k = 1, 2, 4, ... up to the samples drawn."""
-        key, n = jax.random.key(seed), self.config.evaluation.samples
-        graded = [self._evaluate(params, batch, key, self.knobs) for batch in self._heldout]
-        correct = np.concatenate([np.sum(np.asarray(r) > 0.5, axis=1) for r in graded])
-        powers = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
-        return {f"pass@{k}": pass_at_k(correct, n, k) for k in powers}
-
-    def grow(self, state, examples: list[dict], *, step: int, seed: int = 0) -> Grown:
-        """Grows and grades a tree for each example by the run's own rules, as they are at `step`.
-
-        An example's place in the list is part of its random key; the number of devices is not.
-        """
-        shards = sharding.tree_shards(self.mesh)
-        index = np.arange(-(-len(examples) // shards) * shards)  # repeats fill the last shard
-        prompts = self.prompts([examples[i % len(examples)] for i in index], index)
-        grown = jax.device_get(self._grow(state, prompts, jax.random.key(seed), jnp.int32(step), self.knobs))
-        return jax.tree.map(lambda x: x[: len(examples)], grown)
-
-    def prompt_text(self, example: dict) -> str:
-        """What the model reads."""
-        return self.task.tokenizer.decode(self.task.encode(example).prompt)
-
-    def parse(self, text: str) -> dict:
-        """The example of a prompt that a user wrote.
-
-        Raises:
-          UserError: it is no prompt of the run's task, or is too long for its sampler.
-        """
-        if self.task.parse is None:
-            raise UserError(f"task {self.config.task.name!r} takes no --prompt; use a run of another task.")
-        example = self.task.parse(text)
-        length, limit = len(self.task.encode(example).prompt), self.config.sampler.prompt_length
-        if length > limit:
-            raise UserError(
-                f"--prompt={text!r} has {length} tokens and this run reads at most {limit}; give a shorter --prompt."
-            )
-        return example
-
-    def tree_text(self, grown: Grown, i: int) -> str:
-        """Tree i as text: its forks and its leaves."""
-        view = dict(reward=grown.reward[i], advantage=grown.advantage[i])
-        tree, decode = jax.tree.map(lambda x: x[i], grown.tree), self.task.tokenizer.decode
-        return draw.format_tree(tree, decode, **view) + "\n\n" + draw.format_leaves(tree, decode, **view)
-
-
-def grow(fns: S.Fns, state, prompts, key, step, knobs) -> Grown:
-    """Grows, grades and estimates the trees of a batch of prompts; traceable."""
-    tree, stats = S.rollout(fns, state.params, prompts, key, step, knobs)
-    reward, shaped = S.grade(fns, tree, prompts)
-    credit, *_ = S.estimate(fns, state, tree, prompts, shaped, knobs)
-    if credit.ndim == 2:
-        credit = jax.vmap(lambda t, x: T.up(t, x) / jnp.maximum(T.leaf_count(t), 1))(tree, credit)
-    return Grown(tree, reward, credit, stats.forks, stats.pruned)
 
 
 def first_examples(experiment: Experiment) -> list[dict]:
@@ -359,51 +239,6 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, caught: li
     return summary
 
 
-def claim(workdir: str, config: ConfigDict) -> None:
-    """Checks that a workdir is new, or has a config.json with the same fields; writes nothing.
-
-    Devices, folders of data and learner.max_skipped may differ, and so may `steps` without a
-    schedule over them.
-
-    Raises:
-      UserError: the workdir belongs to another experiment; names the first field that differs.
-    """
-    if not os.path.exists(os.path.join(workdir, "config.json")):
-        return
-    old, new = dict(fields(read_config(workdir))), dict(fields(json.loads(config.to_json_best_effort())))
-    free = ("mesh.", "data_dir", "learner.max_skipped")
-    free += ("steps",) if config.optimizer.schedule == "constant" else ()
-    for name in sorted(old | new):
-        if not name.startswith(free) and old.get(name) != new.get(name):
-            raise UserError(
-                f"workdir={workdir} belongs to a run with {name}={old.get(name)!r}, not {new.get(name)!r}; "
-                "give another --workdir, or the same config."
-            )
-
-
-def read_config(workdir: str) -> dict:
-    """The config.json of a workdir."""
-    path = os.path.join(workdir, "config.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except OSError as error:
-        raise UserError(
-            f"workdir={workdir} has no config.json; give the workdir of a run made by launch.train."
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged; give another --workdir, or put the run's own config there.") from error
-
-
-def write_config(workdir: str, config: ConfigDict) -> None:
-    """Writes config.json into a workdir, made if missing; all of it or nothing."""
-    os.makedirs(workdir, exist_ok=True)
-    path = os.path.join(workdir, "config.json")
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(config.to_json_best_effort(indent=2))
-    os.replace(path + ".tmp", path)
-
-
 def curve_best(curve: list[dict]) -> dict | None:
     """The scores of the best evaluation of a warm start, first of equals; None without any."""
     if not curve:
@@ -433,8 +268,8 @@ def example_trees(experiment: Experiment, state, count: int = 16, shown: int = 4
     grown = experiment.grow(state, examples, step=int(state.step))
     valid = grown.tree.leaf[..., 0] >= 0
     right = np.sum(valid & (grown.reward >= draw.CORRECT), axis=1)
-    mean = np.sum(grown.reward, axis=1) / np.maximum(np.sum(valid, axis=1), 1)  # a missing leaf has reward 0
-    contrast = np.sum(valid * (grown.reward - mean[:, None]) ** 2, axis=1)
+    mean = masked.mean(grown.reward, valid, axis=1)
+    contrast = masked.total((grown.reward - mean[:, None]) ** 2, valid, axis=1)
     busy = (grown.forks + grown.pruned) / (1 + np.max(grown.forks + grown.pruned))  # decides among equals
     picks = []
     earns = 1e6 * (contrast > 0)
@@ -451,19 +286,3 @@ def example_trees(experiment: Experiment, state, count: int = 16, shown: int = 4
         caption = f"{right[i]} of {valid[i].sum()} leaves right; forks: {grown.forks[i]}; pruned: {grown.pruned[i]}."
         result.append((caption, svg, text + "\n" + experiment.tree_text(grown, i)))
     return result
-
-
-def load(workdir: str, *, best: bool = False) -> tuple[Experiment, object, int]:
-    """Rebuilds the experiment of a workdir and restores its latest (or best) checkpoint.
-
-    Returns:
-      (experiment, state, step).
-    """
-    experiment = Experiment(ConfigDict(read_config(workdir)))
-    checkpoints = Checkpoints(workdir, read_only=True)
-    restore = checkpoints.restore_best if best else checkpoints.restore_latest
-    restored = restore(experiment.state_shape())
-    if restored is None:
-        raise UserError(f"workdir={workdir} has no checkpoint yet; wait for the first or train longer.")
-    step, state, _ = restored
-    return experiment, state, step

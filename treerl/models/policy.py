@@ -19,7 +19,7 @@ def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Me
     module = model.merge(params)
     apply, layers = module.layers()
     config = model.config
-    kernel = attention.kernel(config.head_dim, mesh)
+    form = attention.kernel(config.head_dim, mesh)
 
     def prefill(token, length):
         batch, width = token.shape
@@ -32,7 +32,7 @@ def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Me
 
     def decode(cache, token, row, path, write, rows):
         length, last, caches = cache
-        attend = attention.pool(length, path, row, write, rows, kernel)
+        attend = attention.pool(length, path, row, write, rows, form)
         x, angles = module.embed(token), module.angles(length[:, None] + row)
         block = jax.jit(lambda weights, x, cache: apply(weights, x, angles, attend, cache))  # traced once
         new = []

@@ -1,0 +1,53 @@
+"""The config.json of a run's folder, which says whose folder it is."""
+import json
+import os
+
+from ml_collections import ConfigDict
+
+from treerl.config import fields
+from treerl.errors import UserError
+
+
+def claim(workdir: str, config: ConfigDict) -> None:
+    """Checks that a workdir is new, or has a config.json with the same fields; writes nothing.
+
+    Devices, folders of data and learner.max_skipped may differ, and so may `steps` without a
+    schedule over them.
+
+    Raises:
+      UserError: the workdir belongs to another experiment; names the first field that differs.
+    """
+    if not os.path.exists(os.path.join(workdir, "config.json")):
+        return
+    old, new = dict(fields(read_config(workdir))), dict(fields(json.loads(config.to_json_best_effort())))
+    free = ("mesh.", "data_dir", "learner.max_skipped")
+    free += ("steps",) if config.optimizer.schedule == "constant" else ()
+    for name in sorted(old | new):
+        if not name.startswith(free) and old.get(name) != new.get(name):
+            raise UserError(
+                f"workdir={workdir} belongs to a run with {name}={old.get(name)!r}, not {new.get(name)!r}; "
+                "give another --workdir, or the same config."
+            )
+
+
+def read_config(workdir: str) -> dict:
+    """The config.json of a workdir."""
+    path = os.path.join(workdir, "config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise UserError(
+            f"workdir={workdir} has no config.json; give the workdir of a run made by launch.train."
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged; give another --workdir, or put the run's own config there.") from error
+
+
+def write_config(workdir: str, config: ConfigDict) -> None:
+    """Writes config.json into a workdir, made if missing; all of it or nothing."""
+    os.makedirs(workdir, exist_ok=True)
+    path = os.path.join(workdir, "config.json")
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(config.to_json_best_effort(indent=2))
+    os.replace(path + ".tmp", path)
