@@ -100,7 +100,7 @@ def hgpo(
     states are equal (actions are not in the key); it exists from step k on, for two steps or more:
         A_k = (R_t - mean_k) / (std_k + eps),    population standard deviation (ddof 0),
         A   = sum_k w_k A_k / sum_k w_k,   w_k = (k + weight_shift)^alpha,   k = 0 .. levels.
-    A step without any level gets 0. Repeated visits by one trajectory count.
+    Without `std`, A_k = R_t - mean_k. A step without any level gets 0. Repeated visits by one trajectory count.
 
     What differs from flat GRPO: no episode term; a step is compared with steps in the same state,
     more weight going to those that also came the same way. levels=0 without std is GiGPO's A_S,
@@ -116,8 +116,8 @@ def hgpo(
         whatever alpha; it is absent for a group of one, where the code takes the RAW score.
 
     One sort orders the steps by state, then by the state before, and so on, so that the groups of
-    every level are runs. Sums over runs are segmented scans: their order of addition is fixed,
-    and a group of equal returns is exactly zero. Memory is O(levels R T).
+    every level are runs. A segmented scan merges the moments of a run: its order of addition is
+    fixed, and a group of equal returns is exactly zero. Memory is O(levels R T).
 
     Args:
       returns: [R, T] float32, of R trajectories of one task (see `step_returns`).
@@ -266,7 +266,7 @@ def _compare(returns, state_id, valid, levels):
     Returns (all in the sorted order of the steps, N = R * T):
       order [N] int32, the step at each place; centred [levels + 1, N], return minus the group's
       mean; square [levels + 1, N], the group's sum of centred squares; count [levels + 1, N]
-      int32, the size of the group, 0 where the step has no such level.
+      float32, the size of the group, 0 where the step has no such level.
     """
     chex.assert_equal_shape([returns, valid])
     chex.assert_equal_shape_prefix([state_id, valid], 2)
@@ -302,7 +302,7 @@ def _sort(state_id, valid, levels):
     keys = jnp.stack(keys).reshape(levels + 1, -1, steps)
     member = rank // steps <= levels - jnp.arange(levels + 1)[:, None]
     differs = jnp.any(keys[:, :, 1:] != keys[:, :, :-1], axis=1) | (member[:, 1:] != member[:, :-1])
-    differs = jax.lax.associative_scan(jnp.logical_or, differs)  # a finer group ends where a coarser one does
+    differs = jax.lax.associative_scan(jnp.logical_or, differs)  # groups nest
     return rank % steps, jnp.pad(differs, ((0, 0), (1, 0)), constant_values=True), member
 
 
