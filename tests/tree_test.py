@@ -49,6 +49,21 @@ def test_up_sums_over_leaves_below(trees):
         np.testing.assert_allclose(up(tree, x), want, atol=1e-5)
 
 
+def test_mean_below_averages_over_leaves_below(trees):
+    rng = np.random.default_rng(3)
+    mean_below = jax.jit(T.mean_below)
+    for tree in trees[:50]:
+        x, below = rng.normal(size=(5, 7)).astype(np.float32), {}
+        for leaf, cells in oracles.leaf_cells(tree).items():
+            for row, cell in enumerate(cells):
+                below.setdefault(cell, []).append(x[leaf, row])
+        want = np.zeros((7, 5))
+        for cell, values in below.items():
+            want[cell] = np.mean(values)
+        x[np.asarray(tree.leaf_path) < 0] = np.nan  # off the paths
+        np.testing.assert_allclose(mean_below(tree, x), want, atol=1e-5)
+
+
 def test_depth_kept_forks_and_nodes(trees):
     for tree in trees:
         got = ALGEBRA(tree)

@@ -87,6 +87,19 @@ def leaf_count(tree: Tree) -> jax.Array:
     return up(tree, leaf_valid(tree).astype(jnp.int32))
 
 
+def mean_below(tree: Tree, x: jax.Array) -> jax.Array:
+    """Averages over the leaves at or below each cell what they say of its row.
+
+    Args:
+      x: [L, S], a value for every row of every leaf's path; off the paths it may be anything.
+
+    Returns:
+      [S, K], 0 where no leaf is at or below.
+    """
+    sums = jnp.sum(jnp.where(_through(tree), x[:, :, None], 0), axis=0)
+    return sums / jnp.maximum(leaf_count(tree), 1)
+
+
 def kept(tree: Tree) -> jax.Array:
     """Cells with a leaf at or below them, the only ones that are trained on: bool [S, K]."""
     return jnp.any(_through(tree), axis=0)
