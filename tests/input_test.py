@@ -205,6 +205,8 @@ def small(data, **changes):
      "advantage.options has no 'std' for advantage.name=rloo; known are none."),
     (dict(advantage__options=C.ConfigDict(dict(pool="tree"))), 1,
      "advantage.options.pool='tree' is unknown; known are depth, prompt, sibling."),
+    (dict(advantage__name="hgpo", advantage__options=C.ConfigDict(dict(segment=0))), 1,
+     "advantage.name=hgpo: segment=0 makes no steps; set it to 1 or more."),
     (dict(advantage__options=C.ConfigDict(dict(segment=-1))), 1,
      "advantage.options.segment=-1 cannot work; set it to 0 or more."),
     (dict(advantage__multipliers=C.ConfigDict(dict(zap={}))), 1,
@@ -214,7 +216,7 @@ def small(data, **changes):
     (dict(advantage__multipliers=C.ConfigDict(dict(ear=dict(low=1.0)))), 1,
      "advantage.multipliers.ear has no 'low' for ear; known are floor."),
     (dict(advantage__multipliers=C.ConfigDict(dict(novelty={}))), 1,
-     "advantage.multipliers: novelty reads the credit of leaves, and advantage.name=branch_depthwise gives credit to "
+     "advantage.name=branch_depthwise: novelty reads the credit of leaves, and this estimator gives credit to "
      "cells; use one of dr_grpo, grpo, mc_grpo, minimum_variance, opo, reinforce_pp, rloo, tree_grpo, treepo."),
     (dict(advantage__multipliers=C.ConfigDict(dict(ace={}))), 1,
      "advantage.multipliers: ace compares the policy with a reference policy and none is kept; set "

@@ -157,7 +157,7 @@ def test_the_rule_catches(tmp_path, file, text, complaint):
 def test_the_config_rule_catches(tmp_path, text):
     (tmp_path / "treerl").mkdir()
     (tmp_path / "treerl" / "losses.py").write_text(text)
-    (tmp_path / "treerl" / "step.py").write_text(text)  # may read it
+    (tmp_path / "treerl" / "functions.py").write_text(text)  # may read it
     [found] = config_readers(tmp_path / "treerl", sections())
     assert found.startswith("treerl.losses:1: ")
 

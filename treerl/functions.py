@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from treerl import branching, losses, packing, pruning, sharding
-from treerl.advantages import ESTIMATORS, MULTIPLIERS, WHITENED, Advantage, compose
+from treerl.advantages import ESTIMATORS, MULTIPLIERS, WHITENED, Advantage, compose, leaf_estimators
 from treerl.config import fits
 from treerl.errors import UserError
 from treerl.models.transformer import Model, TransformerConfig
@@ -100,22 +100,17 @@ def make_advantage(config) -> Advantage:
         multipliers[key] = bind(known(key, MULTIPLIERS, "advantage.multipliers"), options, field, key)
     try:
         return compose(estimator, WHITENED.get(name), multipliers)
-    except ValueError:
-        leaf = ", ".join(sorted(n for n, e in ESTIMATORS.items() if compose(e).leaf))
-        raise UserError(
-            f"advantage.multipliers: novelty reads the credit of leaves, and advantage.name={name} gives credit to "
-            f"cells; use one of {leaf}."
-        ) from None
+    except ValueError as error:
+        raise UserError(f"advantage.name={name}: {error}") from error
 
 
 def check_combinations(config, advantage: Advantage) -> None:
     """Raises UserError for choices that do not go together."""
     l, name = config.learner, config.advantage.name
     if l.objective == "gspo" and not advantage.leaf:
-        leaf = ", ".join(sorted(n for n, e in ESTIMATORS.items() if compose(e).leaf))
         raise UserError(
             f"learner.objective=gspo has one ratio a rollout and needs the credit of leaves, and advantage.name={name} "
-            f"gives credit to cells; use one of {leaf}, or learner.objective=ppo or cispo."
+            f"gives credit to cells; use one of {', '.join(leaf_estimators())}, or learner.objective=ppo or cispo."
         )
     if l.objective == "gspo" and (l.forced != "policy" or l.importance != "none"):
         raise UserError(

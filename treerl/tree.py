@@ -75,13 +75,6 @@ def along(tree: Tree, y: jax.Array) -> jax.Array:
     return jnp.where(tree.leaf_path >= 0, values, 0)
 
 
-def mean_below(tree: Tree, x: jax.Array) -> jax.Array:
-    """Mean of what each leaf says of its own path: x [L, S] -> [S, K], 0 where no leaf is below."""
-    on = _through(tree)
-    count = jnp.sum(on, axis=0)
-    return jnp.sum(jnp.where(on, x[:, :, None], 0), axis=0) / jnp.maximum(count, 1)
-
-
 def leaf_count(tree: Tree) -> jax.Array:
     """Number of leaves at or below each cell: int32 [S, K]."""
     return up(tree, leaf_valid(tree).astype(jnp.int32))

@@ -16,6 +16,7 @@ from treerl.advantages import gdro as _gdro
 from treerl.advantages.branch_depthwise import branch_depthwise
 from treerl.advantages.flat import dr_grpo, grpo, mc_grpo, minimum_variance, opo, reinforce_pp, rloo, whiten
 from treerl.advantages.gdro import gdro
+from treerl.advantages.hgpo import gigpo, gigpo_tree, hgpo, hgpo_tree
 from treerl.advantages.multipliers import ace, ear, novelty
 from treerl.advantages.trees import eptree, spo_tree, tree_grpo, treepo
 
@@ -25,7 +26,7 @@ ESTIMATORS = {
         branch_depthwise, dr_grpo, eptree, grpo, mc_grpo, minimum_variance, opo, reinforce_pp, rloo, spo_tree,
         tree_grpo, treepo,
     )
-}  # fmt: skip
+} | {"gigpo": gigpo_tree, "hgpo": hgpo_tree}  # fmt: skip
 WHITENED = {"reinforce_pp": whiten, "treepo": whiten}  # (B trees, credit [B, L]) -> credit, after the estimator
 MULTIPLIERS = {"novelty": novelty, "ear": ear, "ace": ace, "gdro": gdro}  # in the order in which they apply
 
@@ -46,6 +47,19 @@ def extras(function: Callable) -> tuple[str, ...]:
     return tuple(p.name for p in kinds if p.kind is not p.KEYWORD_ONLY and p.name not in known)
 
 
+def gives_leaf_credit(estimator: Callable) -> bool:
+    """Whether an estimator credits leaves [L]; else it credits cells [S, K]."""
+    example = T.from_parents([[-1, -1], [0, 1], [0, 1]], [[1, 1]] * 3, [[2, 0], [2, 1]])
+    fills = dict(reference_logp=example.logp_policy, gradient_norm=jnp.ones(2), importance=jnp.ones(2))
+    result = jax.eval_shape(estimator, example, jnp.ones(2), *(fills[name] for name in extras(estimator)))
+    return (result[0] if isinstance(result, tuple) else result).ndim == 1
+
+
+def leaf_estimators() -> list[str]:
+    """Names of the estimators that credit leaves."""
+    return sorted(name for name, estimator in ESTIMATORS.items() if gives_leaf_credit(estimator))
+
+
 def compose(estimator: Callable, whitening: Callable | None = None, multipliers: dict[str, Callable] = {}) -> Advantage:
     """Puts an estimator, its whitening over the batch and multipliers together.
 
@@ -54,19 +68,17 @@ def compose(estimator: Callable, whitening: Callable | None = None, multipliers:
       multipliers: name -> function of MULTIPLIERS, options bound; applied in the order of MULTIPLIERS.
 
     Raises:
-      ValueError: novelty with an estimator of cell credit.
+      ValueError: novelty with an estimator of cell credit, or options that an estimator refuses.
     """
-    example = T.from_parents([[-1, -1], [0, 1], [0, 1]], [[1, 1]] * 3, [[2, 0], [2, 1]])
-    fills = dict(reference_logp=example.logp_policy, gradient_norm=jnp.ones(2), importance=jnp.ones(2))
-
     def one(tree, reward, given):
         result = estimator(tree, reward, *(given[name] for name in extras(estimator)))
         credit, weight = result if isinstance(result, tuple) else (result, jnp.ones(reward.shape))
         return credit, jnp.where(T.leaf_valid(tree), weight, 0).astype(jnp.float32)
 
-    leaf = jax.eval_shape(one, example, jnp.ones(2), fills)[0].ndim == 1
+    leaf = gives_leaf_credit(estimator)
     if "novelty" in multipliers and not leaf:
-        raise ValueError("novelty reads the credit of leaves")
+        names = ", ".join(leaf_estimators())
+        raise ValueError(f"novelty reads the credit of leaves, and this estimator gives credit to cells; use one of {names}.")
     factors = {name: multipliers[name] for name in MULTIPLIERS if name in multipliers}
     needs = {name for f in (estimator, *factors.values()) for name in extras(f)}
 

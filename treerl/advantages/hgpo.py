@@ -1,4 +1,6 @@
 """Steps compared where their recent states agree: GiGPO, HGPO, and both carried to trees of text."""
+from typing import Literal
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -88,7 +90,7 @@ def hgpo(
     alpha: float = 1.0,
     weight_shift: int = 1,
     std: bool = True,
-    zero: str = "drop",
+    zero: Literal["drop", "keep"] = "drop",
     tolerance: float = 1e-6,
     episode: jax.Array | None = None,
     cross_steps: bool = True,
@@ -131,7 +133,7 @@ def hgpo(
       float32 [R, T], 0 at invalid steps.
     """
     if zero not in ("drop", "keep") or levels < 0 or weight_shift < 1:
-        raise ValueError(f"hgpo: {zero=} is not drop or keep, {levels=} < 0, or {weight_shift=} < 1.")
+        raise ValueError(f"hgpo: zero={zero!r} is not drop or keep, levels={levels} < 0, or weight_shift={weight_shift} < 1.")
     levels = min(levels, valid.shape[1] - 1)
     order, centred, square, count = _compare(returns, state_id, valid, levels)
     scale = jnp.sqrt(square / jnp.maximum(count, 1)) + eps if std else 1.0
@@ -177,6 +179,8 @@ def segments(
       (returns float32 [L, T], state_id uint32 [L, T, 2], valid bool [L, T]), T = ceil(S / segment).
     """
     chex.assert_equal_shape([reward, tree.leaf[:, 0]])
+    if segment < 1:
+        raise ValueError(f"segment={segment} makes no steps; set it to 1 or more.")
     leaves, rows = tree.leaf_path.shape
     steps = -(-rows // segment)
     count = -(-T.leaf_length(tree) // segment)[:, None]  # 0 where there is no leaf
@@ -198,7 +202,7 @@ def hgpo_tree(
     alpha: float = 1.0,
     weight_shift: int = 1,
     std: bool = True,
-    zero: str = "drop",
+    zero: Literal["drop", "keep"] = "drop",
 ) -> jax.Array:
     """Compares segments of text that follow the same text, by HGPO: `hgpo` of `segments`.
 
