@@ -9,7 +9,7 @@ import pytest
 
 from treerl import branching, pruning, sampler
 from treerl import tree as T
-from treerl.types import ACTIVE, FREE, Births, Branching, Policy, Prompts
+from treerl.types import ACTIVE, FREE, Births, Branching, Policy, Prompts, empty_lines
 
 VOCAB, EOS = 6, 1
 B, K, S = 6, 5, 12
@@ -335,3 +335,10 @@ def test_draw_inverts_the_sum_and_never_picks_weight_zero():
     want = (total <= (uniform * total[:, -1])[:, None]).sum(1)
     assert np.all(weight[np.arange(200), got] > 0)
     assert np.mean(got == want) > 0.97  # the rest differ by rounding at a boundary
+
+
+def test_empty_lines_hold_nothing():
+    lines = empty_lines(2, 3, 4)
+    assert np.all(lines.status == FREE) and np.all(lines.path == -1) and np.all(lines.parent == -1)
+    assert lines.path.shape == (2, 3, 4) and lines.key.shape == (2, 3, 2) and not np.any(lines.may_fork)
+    np.testing.assert_array_equal(sampler._free_from(lines), np.zeros((2, 3)))

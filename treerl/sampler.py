@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from treerl import tree as T
-from treerl.types import ACTIVE, DONE, FREE, Births, Branching, Frontier, Lines, Policy, Prompts, Pruning
+from treerl.types import ACTIVE, DONE, FREE, Births, Branching, Frontier, Lines, Policy, Prompts, Pruning, empty_lines
 
 _GRID = ("token", "parent", "used", "source", "end", "entropy", "logp_behavior", "logp_policy")
 
@@ -285,12 +285,8 @@ def sample(
 
     begins, may_fork = branching.start(batch, slots)
     none = jnp.full((batch, slots), -1, jnp.int32)
-    zero = jnp.zeros((batch, slots), jnp.int32)
-    empty = Lines(
-        status=zero, cursor=zero, path=jnp.full((batch, slots, rows), T.NONE), birth=zero, parent=none,
-        may_fork=zero > 0, started=zero, key=jnp.zeros((batch, slots, 2), jnp.uint32),
-    )  # fmt: skip
-    lines = newborn(empty, Births(line=jnp.where(begins, slot, -1), row=none, token=none, may_fork=may_fork))
+    births = Births(line=jnp.where(begins, slot, -1), row=none, token=none, may_fork=may_fork)
+    lines = newborn(empty_lines(batch, slots, rows), births)
     blank = jnp.zeros((batch, rows, slots))
     types = dict(token=jnp.int32, parent=jnp.int32, used=bool, source=jnp.int8, end=jnp.int8)
     grid = {name: blank.astype(types.get(name, jnp.float32)) for name in _GRID}

@@ -5,11 +5,14 @@
     K  columns: slots                  H  query heads      G  key/value heads
     L  leaves of a tree                C  tokens of a bin  P  prompt positions
     M  children a fork may get         N  bins             E  end-of-sequence ids
+
+Batched, B in front: rules, `sample`, `grade`, `pack`. Of one tree, for vmap: tree algebra, estimators, device graders.
 """
 from typing import Any, Callable, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 
 Params = Any  # nested dict of arrays
 
@@ -67,6 +70,15 @@ class Lines:
     may_fork: jax.Array  # [B, K] bool
     started: jax.Array  # [B, K] int32, how often the slot was started by a draw
     key: jax.Array  # [B, K, 2] uint32, the line's identity in the random stream
+
+
+def empty_lines(batch: int, slots: int, rows: int) -> Lines:
+    """Lines before anything starts, every slot FREE: where the sampler begins, and enough to try a rule alone."""
+    zero = jnp.zeros((batch, slots), jnp.int32)
+    return Lines(
+        status=zero, cursor=zero, path=jnp.full((batch, slots, rows), -1, jnp.int32), birth=zero, parent=zero - 1,
+        may_fork=zero > 0, started=zero, key=jnp.zeros((batch, slots, 2), jnp.uint32),
+    )  # fmt: skip
 
 
 class Frontier(NamedTuple):
