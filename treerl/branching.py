@@ -54,13 +54,14 @@ def lookahead(*, tau_abs, tau_rel, share, fill_after, greedy, max_children: int 
     def step(frontier: Frontier):
         lines, logits, drawn = frontier.lines, frontier.logits, frontier.drawn
         batch, slots = drawn.shape
-        best = []  # the likeliest tokens, one more than children, each found by one pass
+        best, score = [], []  # the likeliest tokens, one more than children, each found by one pass
         left = logits
         for _ in range(max_children + 1):
             best.append(jnp.argmax(left, -1))
+            # read before it is masked: a vocabulary that is used up gives -inf, never a candidate
+            score.append(jnp.take_along_axis(left, best[-1][..., None], axis=-1)[..., 0])
             left = jnp.where(jnp.arange(logits.shape[-1]) == best[-1][..., None], -jnp.inf, left)
-        best = jnp.stack(best, -1)  # [B, K, M + 1]
-        score = jnp.take_along_axis(logits, best, axis=-1)
+        best, score = jnp.stack(best, -1), jnp.stack(score, -1)  # [B, K, M + 1]
         top = score[..., :1]
         score = score - (top + jnp.log(jnp.sum(jnp.exp(logits - top), -1, keepdims=True)))
         bar = jnp.log(jnp.maximum(tau_abs, jnp.exp(score[..., :1]) - tau_rel))
