@@ -6,7 +6,7 @@
     L  leaves of a tree                C  tokens of a bin  P  prompt positions
     M  children a fork may get         N  bins             E  end-of-sequence ids
 
-Batched, B in front: rules, `sample`, `grade`, `pack`. Of one tree, for vmap: tree algebra, estimators, device graders.
+Batched, B in front: rules, `sample`, `grade`, `pack`. Of one tree: its algebra, estimators. Of one answer: graders.
 """
 from typing import Any, Callable, NamedTuple
 
