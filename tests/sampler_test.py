@@ -9,7 +9,7 @@ import pytest
 
 from treerl import branching, pruning, sampler
 from treerl import tree as T
-from treerl.types import ACTIVE, FREE, Births, Branching, Policy, Prompts, empty_lines
+from treerl.types import ACTIVE, FREE, Births, Branching, Policy, Prompts, Pruning, empty_lines
 
 VOCAB, EOS = 6, 1
 B, K, S = 6, 5, 12
@@ -94,7 +94,51 @@ def chaos_prune(key):
         hit = jax.random.bernoulli(jax.random.fold_in(key, memory), 0.08, lines.status.shape)
         return jnp.where(hit & (lines.status == ACTIVE), T.SIMILAR, 0).astype(jnp.int8), memory + 1
 
-    return pruning.Pruning(start=lambda batch, slots: jnp.int32(100), step=step)
+    return Pruning(start=lambda batch, slots: jnp.int32(100), step=step)
+
+
+def scripted(births, stops):
+    """Rules that follow a script: slots 0 and 1 start, the rest is told.
+
+    births: [N, 5] int, (iteration, slot, line, row, token). stops: [N, 2] int, (iteration, slot).
+    """
+
+    def start(batch, slots):
+        first = jnp.broadcast_to(jnp.arange(slots) < 2, (batch, slots))
+        return first, first
+
+    def step(frontier):
+        none = jnp.full_like(frontier.drawn, -1)
+        line = row = token = none
+        for at, slot, *what in births:
+            here = (frontier.iteration == at) & (jnp.arange(none.shape[1]) == slot)
+            line, row, token = (jnp.where(here, new, old) for new, old in zip(what, (line, row, token)))
+        return none, Births(line=line, row=row, token=token, may_fork=line >= 0)
+
+    def stop(iteration, lines, token):
+        reason = jnp.zeros(lines.status.shape, jnp.int8)
+        for at, slot in stops:
+            reason = jnp.where((iteration == at) & (jnp.arange(reason.shape[1]) == slot), T.PRUNED, reason)
+        return reason.astype(jnp.int8), iteration + 1
+
+    return Branching(start=start, step=step), Pruning(start=lambda batch, slots: jnp.int32(0), step=stop)
+
+
+@functools.partial(jax.jit, static_argnames=("segment", "lengths", "budget"))
+def act(logits, births, index, stops=((-1, 0),), eos=-1, segment=1, lengths=(S,), budget=2 * S):
+    """Grows trees by a script, with logits that are nan where an ancestor is beyond the rows in use."""
+    plain = markov(logits)
+
+    def decode(last, token, row, path, write, rows):
+        logits, last = plain.decode(last, token, row, path, write, rows)
+        seen = jnp.sum(path[..., :rows] >= 0, -1) == row + 1
+        return jnp.where(seen[..., None], logits, jnp.nan), last
+
+    return sampler.sample(
+        Policy(prefill=plain.prefill, decode=decode), *scripted(births, stops), prompts(index), jax.random.key(3),
+        slots=4, rows=S, budget=budget, segment=segment, lengths=lengths, temperature=jnp.float32(1),
+        top_p=jnp.float32(1), eos=jnp.atleast_1d(eos),
+    )  # fmt: skip
 
 
 def each(tree):
@@ -285,6 +329,17 @@ def test_empty_slots_are_filled_from_the_prompt_after_fill_after_iterations():
         assert not np.any(np.isin(one.parent[forced], fills))
         reused += np.sum(forced[3:])
     assert reused > 0 and np.all(stats.restarts >= 2)
+
+
+def test_a_line_reborn_from_a_finished_one_sees_all_its_ancestors():
+    """Nothing runs when slot 2 is born at row 8 of a line that is DONE: the rows of its path count, not of runners."""
+    births = jnp.array([[S, 2, 0, 8, -1]])
+    want, _ = act(table(0), births, (0, 1))
+    got, _ = act(table(0), births, (0, 1), segment=4, lengths=(4, 8, S))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    for one in each(got):
+        T.check(one)
+        assert one.leaf[2].tolist() == [S - 1, 2] and one.parent[9, 2] == 0
 
 
 def test_samples_follow_the_table():

@@ -296,9 +296,9 @@ def sample(
     )
 
     def need(carry):
-        """Rows that the next segment may touch."""
-        running = jnp.where(carry.lines.status == ACTIVE, carry.lines.cursor, 0)
-        return jnp.max(running) + segment
+        """Rows that the next segment may touch; a line may be born on any that runs or is finished."""
+        held = jnp.where(carry.lines.status != FREE, carry.lines.cursor, 0)
+        return jnp.max(held) + segment
 
     def goes_on(carry):
         return jnp.any(carry.active) & (carry.iteration < budget)  # the only test over all trees
