@@ -342,6 +342,20 @@ def test_a_line_reborn_from_a_finished_one_sees_all_its_ancestors():
         assert one.leaf[2].tolist() == [S - 1, 2] and one.parent[9, 2] == 0
 
 
+@pytest.mark.parametrize("line", [0, 2], ids=["of another column", "of its own column"])
+@pytest.mark.parametrize("pruned", [False, True], ids=["cut", "pruned"])
+def test_a_newborn_that_has_drawn_nothing_marks_no_cell(line, pruned):
+    """Slot 2 forks from slot 1, which is pruned and reborn at row 3, where slot 2 stands on its column."""
+    births = jnp.array([[4, 2, 1, 3, 2], [6, 1, line, 3, -1]])
+    stops = jnp.array([[5, 1], [6, 1]])[: 1 + pruned]
+    # the loop goes on to the end of the others, unless the budget cuts the newborn at once
+    cut, stats = act(table(0), births, (0,), stops=stops, budget=2 * S if pruned else 7)
+    (one,) = each(cut)
+    assert stats.restarts[0] == 1 and stats.pruned[0] == 1 + pruned and one.token[4, 2] == 2
+    assert one.end[3, 1] == T.RUNNING
+    T.check(one)
+
+
 def test_samples_follow_the_table():
     logits = table(3)
     tree, _ = grow(logits, jax.random.key(0), jnp.arange(400), rule="stochastic", eos=(-1,))

@@ -140,6 +140,15 @@ def _head_row(cursor):
     return jnp.maximum(cursor - 1, 0)
 
 
+def _last_cell(lines: Lines) -> jax.Array:
+    """Each line's own last cell, in its column: bool [B, S, K]; none of a newborn that has drawn nothing.
+
+    The cell above such a newborn belongs to another line, even where it lies in the same column.
+    """
+    row = jnp.arange(lines.path.shape[-1])[:, None]
+    return (row == lines.cursor[:, None] - 1) & (lines.cursor > lines.birth)[:, None]
+
+
 def _take(x, slot):
     """Reads x [B, K, ...] at slot [B, K], clipped."""
     slot = jnp.maximum(slot, 0)
@@ -228,7 +237,7 @@ def sample(
         column = jnp.maximum(jnp.take_along_axis(lines.path, row[..., None], axis=-1)[..., 0], 0)
         head = jax.vmap(lambda token, row, column: token[row, column])(grid["token"], row, column)
         was_active = lines.status == ACTIVE
-        write = was_active & (lines.cursor > 0) & (column == slot)
+        write = was_active & (lines.cursor > lines.birth)  # another line's cell has been written by its own
         logits, cache = policy.decode(carry.cache, head, lines.cursor - 1, lines.path, write, rows_in_use)
         drawn, ruled, births = decide(lines, logits, carry.iteration)
 
@@ -267,8 +276,7 @@ def sample(
 
         reason, memory = pruning.step(carry.memory, lines, grid["token"])
         stopped = (reason > 0) & (lines.status != FREE)
-        last = (jnp.arange(rows)[:, None] == lines.cursor[:, None] - 1) & stopped[:, None]
-        grid["end"] = jnp.where(last, reason[:, None], grid["end"])
+        grid["end"] = jnp.where(_last_cell(lines) & stopped[:, None], reason[:, None], grid["end"])
         lines = lines.replace(status=jnp.where(stopped, FREE, lines.status))
         count = lambda mask: jnp.sum(mask, axis=1, dtype=jnp.int32)
         stats = Stats(
@@ -320,8 +328,7 @@ def sample(
 def _finish(carry: _Carry, slot) -> tuple[T.Tree, Stats]:
     """The tree of what the loop left: lines still running are CUT, lines that ended are leaves."""
     lines, grid = carry.lines, carry.grid
-    rows = lines.path.shape[-1]
-    cut = (jnp.arange(rows)[:, None] == lines.cursor[:, None] - 1) & (lines.status == ACTIVE)[:, None]
+    cut = _last_cell(lines) & (lines.status == ACTIVE)[:, None]
     done = (lines.status == DONE)[..., None]
     leaf = jnp.stack([lines.cursor - 1, slot], axis=-1)
     tree = T.Tree(
