@@ -356,6 +356,22 @@ def test_a_newborn_that_has_drawn_nothing_marks_no_cell(line, pruned):
     T.check(one)
 
 
+@pytest.mark.parametrize("segment", [1, 4])
+def test_a_rule_on_a_timer_does_nothing_to_a_tree_that_is_over(segment):
+    """A tree is stepped while others run; what the rules do to it then it would not have got alone."""
+    births, stops = jnp.array([[6, 2, 2, -1, -1], [6, 3, 0, 0, -1]]), jnp.array([[7, 0]])
+    logits = np.zeros((VOCAB, VOCAB))
+    logits[:, EOS] = 1.0
+    whole, stats = act(logits, births, tuple(range(8)), stops=stops, eos=EOS, segment=segment)
+    alone = [act(logits, births, (i,), stops=stops, eos=EOS, segment=segment) for i in range(8)]
+    born = 0
+    for i, (tree, own) in enumerate(alone):
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[i]), tree, whole)
+        assert (own.restarts[0], own.pruned[0]) == (stats.restarts[i], stats.pruned[i])
+        born += int(own.restarts[0] > 0)
+    assert 0 < born < 8
+
+
 def test_samples_follow_the_table():
     logits = table(3)
     tree, _ = grow(logits, jax.random.key(0), jnp.arange(400), rule="stochastic", eos=(-1,))

@@ -200,14 +200,16 @@ def sample(
     tree_key = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(key, i)))(prompts.index)
     cache = policy.prefill(prompts.token, prompts.length)
 
-    def decide(lines: Lines, logits, iteration):
+    def decide(carry: _Carry, logits):
         """Draws for every line and asks the branching rule."""
+        lines = carry.lines
         noise = _fold(lines.key, lines.cursor)
         uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.wrap_key_data(k))))(noise)
         drawn = draw(logits, temperature, top_p, uniform)
         free = _free_from(lines)
-        token, births = branching.step(Frontier(lines, logits, drawn.token, drawn.entropy, free, iteration))
+        token, births = branching.step(Frontier(lines, logits, drawn.token, drawn.entropy, free, carry.iteration))
         allowed = (births.line >= 0) & (free <= births.row + 1)
+        allowed &= carry.active[:, None]  # a tree that is over is only stepped because others are not
         return drawn, token, births._replace(line=jnp.where(allowed, births.line, -1))
 
     def newborn(lines: Lines, births: Births):
@@ -239,7 +241,7 @@ def sample(
         was_active = lines.status == ACTIVE
         write = was_active & (lines.cursor > lines.birth)  # another line's cell has been written by its own
         logits, cache = policy.decode(carry.cache, head, lines.cursor - 1, lines.path, write, rows_in_use)
-        drawn, ruled, births = decide(lines, logits, carry.iteration)
+        drawn, ruled, births = decide(carry, logits)
 
         born = births.line >= 0
         forked = born & (births.token >= 0)
@@ -275,7 +277,7 @@ def sample(
         )
 
         reason, memory = pruning.step(carry.memory, lines, grid["token"])
-        stopped = (reason > 0) & (lines.status != FREE)
+        stopped = (reason > 0) & (lines.status != FREE) & carry.active[:, None]
         grid["end"] = jnp.where(_last_cell(lines) & stopped[:, None], reason[:, None], grid["end"])
         lines = lines.replace(status=jnp.where(stopped, FREE, lines.status))
         count = lambda mask: jnp.sum(mask, axis=1, dtype=jnp.int32)

@@ -108,6 +108,9 @@ class Branching(NamedTuple):
     start(B, K) -> (bool [B, K] lines that start at the prompt, bool [B, K] which may fork).
     step(Frontier) -> (token [B, K], Births): the token each active line takes, -1 for the one
         drawn, and the lines to start.
+
+    A tree in which nothing runs, and nothing ran at the iteration before, is over: no line starts
+    in it any more, even while other trees go on, so a rule can look at the iteration's number.
     """
 
     start: Callable
@@ -119,7 +122,7 @@ class Pruning(NamedTuple):
 
     start(B, K) -> memory.
     step(memory, Lines, token [B, S, K]) -> (reason [B, K] int8, 0 to go on, memory); a DONE line
-        can be pruned too, and is then no leaf.
+        can be pruned too, and is then no leaf. In a tree that is over (see Branching) none is.
     """
 
     start: Callable
