@@ -372,6 +372,35 @@ def test_a_rule_on_a_timer_does_nothing_to_a_tree_that_is_over(segment):
     assert 0 < born < 8
 
 
+@pytest.mark.parametrize(
+    "birth, accepted",
+    [
+        ((2, 2, 1, 1, 3), True),  # a forced token at the head
+        ((2, 2, 1, 0, 3), False),  # at another cell: its log-prob would be the head's
+        ((2, 2, 1, -1, 3), False),
+        ((2, 2, 1, 0, -1), True),  # there the newborn decodes and draws
+        ((2, 2, 1, 2, -1), False),  # below the head is nothing to stand on
+        ((2, 2, 2, -1, -1), True),  # the prompt is nobody's, the line means nothing
+        ((2, 2, 3, 0, -1), False),  # a FREE line has no cells
+        ((2, 2, 3, -1, 3), False),  # and no logits
+        ((5, 2, 0, 4, -1), False),  # below the end of a finished line nothing goes on
+        ((5, 2, 0, 4, 3), False),
+        ((5, 2, 0, 3, -1), True),
+    ],
+    ids=str,
+)
+def test_only_births_that_mean_something_are_accepted(birth, accepted):
+    """Every line says 3, 4, 5, 0, end; a birth is asked for at iteration 2 or 5."""
+    chain = np.full((VOCAB, VOCAB), -30.0, np.float32)
+    chain[[2, 3, 4, 5, 0], [3, 4, 5, 0, EOS]] = 9.0
+    tree, _ = act(chain, jnp.array([birth]), (0,), eos=EOS)
+    (one,) = each(tree)
+    T.check(one)
+    assert np.any(one.used[:, 2]) == accepted
+    if accepted and birth[-1] >= 0:
+        assert one.logp_policy[2, 2] == pytest.approx(-39.0, abs=1e-3)
+
+
 def test_samples_follow_the_table():
     logits = table(3)
     tree, _ = grow(logits, jax.random.key(0), jnp.arange(400), rule="stochastic", eos=(-1,))

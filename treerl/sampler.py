@@ -209,6 +209,11 @@ def sample(
         free = _free_from(lines)
         token, births = branching.step(Frontier(lines, logits, drawn.token, drawn.entropy, free, carry.iteration))
         allowed = (births.line >= 0) & (free <= births.row + 1)
+        status, head = _take(lines.status, births.line), _take(lines.cursor, births.line) - 1
+        # above the end of a line that runs or is finished, a forced token at a head, whose logits its log-prob is of
+        held = (status != FREE) & (births.row <= head - (status == DONE))
+        held &= (births.token < 0) | (births.row == head)
+        allowed &= held | ((births.row < 0) & (births.token < 0))  # the prompt is nobody's
         allowed &= carry.active[:, None]  # a tree that is over is only stepped because others are not
         return drawn, token, births._replace(line=jnp.where(allowed, births.line, -1))
 

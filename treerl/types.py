@@ -93,11 +93,13 @@ class Frontier(NamedTuple):
 
 
 class Births(NamedTuple):
-    """Lines that a branching rule starts in free slots."""
+    """Lines that a branching rule starts in free slots. The sampler ignores a birth that breaks what is said here."""
 
-    line: jax.Array  # [B, K] int32, slot of the line whose path is copied; -1 for no birth
-    row: jax.Array  # [B, K] int32, row of the cell forked at, on that line; -1 is the prompt
-    token: jax.Array  # [B, K] int32, forced first token (the cell must be the line's head now),
+    line: jax.Array  # [B, K] int32, slot of the line whose path is copied, ACTIVE or DONE (at the
+    #                  prompt any, even FREE); -1 for no birth
+    row: jax.Array  # [B, K] int32, row of the cell forked at, on that line and above the end of a
+    #                 DONE one; -1 is the prompt; at least Frontier.free - 1
+    token: jax.Array  # [B, K] int32, forced first token (the cell must be an ACTIVE line's head now),
     #                   or -1: the newborn decodes that cell and draws at the next iteration
     may_fork: jax.Array  # [B, K] bool
 
