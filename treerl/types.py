@@ -125,6 +125,9 @@ class Pruning(NamedTuple):
     start(B, K) -> memory.
     step(memory, Lines, token [B, S, K]) -> (reason [B, K] int8, 0 to go on, memory); a DONE line
         can be pruned too, and is then no leaf. In a tree that is over (see Branching) none is.
+
+    A reason is tree.PRUNED or above, as it becomes the `end` of the line's last cell, where 1 to 3
+    are the other ends. A new one needs a number in tree.py and a name in draw.ENDS.
     """
 
     start: Callable
