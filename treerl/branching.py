@@ -27,14 +27,15 @@ def likeliest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     Args:
       logits: [..., V] float32, one of them finite. count: static.
     """
-    token, score, left = [], [], logits
+    token, left = [], logits
     for _ in range(count):
-        best = jnp.argmax(left, -1)
-        token.append(best)
-        # read before it is masked: a vocabulary that is used up gives -inf
-        score.append(jnp.take_along_axis(left, best[..., None], axis=-1)[..., 0])
-        left = jnp.where(jnp.arange(logits.shape[-1]) == best[..., None], -jnp.inf, left)
-    token, score = jnp.stack(token, -1), jnp.stack(score, -1)
+        token.append(jnp.argmax(left, -1))
+        left = jnp.where(jnp.arange(logits.shape[-1]) == token[-1][..., None], -jnp.inf, left)
+    token = jnp.stack(token, -1)
+    # the argmax of a vocabulary that is used up repeats token 0; reading scores from `left` would show it too, but
+    # would keep another array of the vocabulary's size in memory
+    again = jnp.any((token[..., None] == token[..., None, :]) & jnp.tri(count, k=-1, dtype=bool), -1)
+    score = jnp.where(again, -jnp.inf, jnp.take_along_axis(logits, token, axis=-1))
     top = score[..., :1]
     return token, score - (top + jnp.log(jnp.sum(jnp.exp(logits - top), -1, keepdims=True)))
 
