@@ -8,6 +8,7 @@ import sampler_test
 
 from treerl import pruning
 from treerl import tree as T
+from treerl.types import ACTIVE, DONE, Lines, empty_lines
 
 
 def test_distance_extended_token_by_token_equals_the_textbook():
@@ -78,8 +79,6 @@ def test_no_surviving_child_repeats_its_parent_and_every_pruned_one_did(windows)
 
 def test_descendants_go_with_the_child_even_finished_ones():
     """A hand-made set of lines: slot 1 is a copy of slot 0, slot 2 and (finished) 3 stem from 1."""
-    from treerl.types import ACTIVE, DONE, Lines
-
     path = np.full((1, 5, 4), -1)
     path[0, 0, :3] = 0
     path[0, 1, :3] = [0, 1, 1]
@@ -100,8 +99,6 @@ def test_descendants_go_with_the_child_even_finished_ones():
 
 def two_lines(**changes):
     """Slot 1 forked from slot 0 at row 1 and says the same; both have rows 1 and 2: window 2 is due."""
-    from treerl.types import ACTIVE, Lines
-
     path = np.full((1, 2, 4), -1)
     path[0, 0, :3], path[0, 1, :3] = 0, [0, 1, 1]
     array = lambda x: jnp.asarray([x])
@@ -118,6 +115,7 @@ def two_lines(**changes):
         ({}, True),
         (dict(status=[2, 1], cursor=[3, 3]), False),  # the parent ended with the window's last row
         (dict(status=[2, 1], cursor=[2, 3]), False),  # the parent ended before
+        (dict(status=[0, 1], cursor=[2, 3]), False),  # the parent was pruned before
         (dict(status=[1, 2]), False),  # the child ended with the window's last row
         (dict(cursor=[4, 4]), False),  # the window is over
         (dict(parent=[-1, -1]), False),  # no child
@@ -141,3 +139,16 @@ def test_threshold_extremes():
             for one in sampler_test.each(tree):
                 for row, slot in np.argwhere(one.used & (one.source == T.FORCED)):
                     assert len(line(one, slot, row)) <= 2
+
+
+def test_a_child_reborn_above_its_parents_birth_is_compared_along_the_parents_path():
+    """Slot 1 forked from slot 0 at row 2; slot 2 is reborn on slot 1's line at row 0, where that stands on slot 0."""
+    rule = pruning.similarity(windows=(1,), tau_ed=0.5)
+    lines = empty_lines(1, 3, 4).replace(
+        status=jnp.full((1, 3), ACTIVE), cursor=jnp.array([[3, 3, 2]]), birth=jnp.array([[0, 2, 1]]),
+        parent=jnp.array([[-1, 0, 1]]), path=jnp.array([[[0, 0, 0, -1], [0, 0, 1, -1], [0, 2, -1, -1]]]),
+    )  # fmt: skip
+    for said, pruned in ((6, True), (9, False)):  # slot 0 says 6 at row 1; 9 is old, in the column of slot 1
+        token = jnp.array([[[5, 0, 0], [6, 9, said], [7, 4, 0], [0, 0, 0]]])
+        reason, _ = rule.step(rule.start(1, 3), lines, token)
+        np.testing.assert_array_equal(reason, [[0, 0, T.SIMILAR if pruned else 0]])

@@ -9,7 +9,7 @@ import pytest
 
 from treerl import branching, pruning, sampler
 from treerl import tree as T
-from treerl.types import ACTIVE, FREE, Births, Branching, Policy, Prompts
+from treerl.types import ACTIVE, FREE, Births, Branching, Policy, Prompts, Pruning, empty_lines
 
 VOCAB, EOS = 6, 1
 B, K, S = 6, 5, 12
@@ -94,7 +94,51 @@ def chaos_prune(key):
         hit = jax.random.bernoulli(jax.random.fold_in(key, memory), 0.08, lines.status.shape)
         return jnp.where(hit & (lines.status == ACTIVE), T.SIMILAR, 0).astype(jnp.int8), memory + 1
 
-    return pruning.Pruning(start=lambda batch, slots: jnp.int32(100), step=step)
+    return Pruning(start=lambda batch, slots: jnp.int32(100), step=step)
+
+
+def scripted(births, stops):
+    """Rules that follow a script: slots 0 and 1 start, the rest is told.
+
+    births: [N, 5] int, (iteration, slot, line, row, token). stops: [N, 2] int, (iteration, slot).
+    """
+
+    def start(batch, slots):
+        first = jnp.broadcast_to(jnp.arange(slots) < 2, (batch, slots))
+        return first, first
+
+    def step(frontier):
+        none = jnp.full_like(frontier.drawn, -1)
+        line = row = token = none
+        for at, slot, *what in births:
+            here = (frontier.iteration == at) & (jnp.arange(none.shape[1]) == slot)
+            line, row, token = (jnp.where(here, new, old) for new, old in zip(what, (line, row, token)))
+        return none, Births(line=line, row=row, token=token, may_fork=line >= 0)
+
+    def stop(iteration, lines, token):
+        reason = jnp.zeros(lines.status.shape, jnp.int8)
+        for at, slot in stops:
+            reason = jnp.where((iteration == at) & (jnp.arange(reason.shape[1]) == slot), T.PRUNED, reason)
+        return reason.astype(jnp.int8), iteration + 1
+
+    return Branching(start=start, step=step), Pruning(start=lambda batch, slots: jnp.int32(0), step=stop)
+
+
+@functools.partial(jax.jit, static_argnames=("segment", "lengths", "budget"))
+def act(logits, births, index, stops=((-1, 0),), eos=-1, segment=1, lengths=(S,), budget=2 * S):
+    """Grows trees by a script, with logits that are nan where an ancestor is beyond the rows in use."""
+    plain = markov(logits)
+
+    def decode(last, token, row, path, write, rows):
+        logits, last = plain.decode(last, token, row, path, write, rows)
+        seen = jnp.sum(path[..., :rows] >= 0, -1) == row + 1
+        return jnp.where(seen[..., None], logits, jnp.nan), last
+
+    return sampler.sample(
+        Policy(prefill=plain.prefill, decode=decode), *scripted(births, stops), prompts(index), jax.random.key(3),
+        slots=4, rows=S, budget=budget, segment=segment, lengths=lengths, temperature=jnp.float32(1),
+        top_p=jnp.float32(1), eos=jnp.atleast_1d(eos),
+    )  # fmt: skip
 
 
 def each(tree):
@@ -287,6 +331,76 @@ def test_empty_slots_are_filled_from_the_prompt_after_fill_after_iterations():
     assert reused > 0 and np.all(stats.restarts >= 2)
 
 
+def test_a_line_reborn_from_a_finished_one_sees_all_its_ancestors():
+    """Nothing runs when slot 2 is born at row 8 of a line that is DONE: the rows of its path count, not of runners."""
+    births = jnp.array([[S, 2, 0, 8, -1]])
+    want, _ = act(table(0), births, (0, 1))
+    got, _ = act(table(0), births, (0, 1), segment=4, lengths=(4, 8, S))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    for one in each(got):
+        T.check(one)
+        assert one.leaf[2].tolist() == [S - 1, 2] and one.parent[9, 2] == 0
+
+
+@pytest.mark.parametrize("line", [0, 2], ids=["of another column", "of its own column"])
+@pytest.mark.parametrize("pruned", [False, True], ids=["cut", "pruned"])
+def test_a_newborn_that_has_drawn_nothing_marks_no_cell(line, pruned):
+    """Slot 2 forks from slot 1, which is pruned and reborn at row 3, where slot 2 stands on its column."""
+    births = jnp.array([[4, 2, 1, 3, 2], [6, 1, line, 3, -1]])
+    stops = jnp.array([[5, 1], [6, 1]])[: 1 + pruned]
+    # the loop goes on to the end of the others, unless the budget cuts the newborn at once
+    cut, stats = act(table(0), births, (0,), stops=stops, budget=2 * S if pruned else 7)
+    (one,) = each(cut)
+    assert stats.restarts[0] == 1 and stats.pruned[0] == 1 + pruned and one.token[4, 2] == 2
+    assert one.end[3, 1] == T.RUNNING
+    T.check(one)
+
+
+@pytest.mark.parametrize("segment", [1, 4])
+def test_a_rule_on_a_timer_does_nothing_to_a_tree_that_is_over(segment):
+    """A tree is stepped while others run; what the rules do to it then it would not have got alone."""
+    births, stops = jnp.array([[6, 2, 2, -1, -1], [6, 3, 0, 0, -1]]), jnp.array([[7, 0]])
+    logits = np.zeros((VOCAB, VOCAB))
+    logits[:, EOS] = 1.0
+    whole, stats = act(logits, births, tuple(range(8)), stops=stops, eos=EOS, segment=segment)
+    alone = [act(logits, births, (i,), stops=stops, eos=EOS, segment=segment) for i in range(8)]
+    born = 0
+    for i, (tree, own) in enumerate(alone):
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[i]), tree, whole)
+        assert (own.restarts[0], own.pruned[0]) == (stats.restarts[i], stats.pruned[i])
+        born += int(own.restarts[0] > 0)
+    assert 0 < born < 8
+
+
+@pytest.mark.parametrize(
+    "birth, accepted",
+    [
+        ((2, 2, 1, 1, 3), True),  # a forced token at the head
+        ((2, 2, 1, 0, 3), False),  # at another cell: its log-prob would be the head's
+        ((2, 2, 1, -1, 3), False),
+        ((2, 2, 1, 0, -1), True),  # there the newborn decodes and draws
+        ((2, 2, 1, 2, -1), False),  # below the head is nothing to stand on
+        ((2, 2, 2, -1, -1), True),  # the prompt is nobody's, the line means nothing
+        ((2, 2, 3, 0, -1), False),  # a FREE line has no cells
+        ((2, 2, 3, -1, 3), False),  # and no logits
+        ((5, 2, 0, 4, -1), False),  # below the end of a finished line nothing goes on
+        ((5, 2, 0, 4, 3), False),
+        ((5, 2, 0, 3, -1), True),
+    ],
+    ids=str,
+)
+def test_only_births_that_mean_something_are_accepted(birth, accepted):
+    """Every line says 3, 4, 5, 0, end; a birth is asked for at iteration 2 or 5."""
+    chain = np.full((VOCAB, VOCAB), -30.0, np.float32)
+    chain[[2, 3, 4, 5, 0], [3, 4, 5, 0, EOS]] = 9.0
+    tree, _ = act(chain, jnp.array([birth]), (0,), eos=EOS)
+    (one,) = each(tree)
+    T.check(one)
+    assert np.any(one.used[:, 2]) == accepted
+    if accepted and birth[-1] >= 0:
+        assert one.logp_policy[2, 2] == pytest.approx(-39.0, abs=1e-3)
+
+
 def test_samples_follow_the_table():
     logits = table(3)
     tree, _ = grow(logits, jax.random.key(0), jnp.arange(400), rule="stochastic", eos=(-1,))
@@ -335,3 +449,10 @@ def test_draw_inverts_the_sum_and_never_picks_weight_zero():
     want = (total <= (uniform * total[:, -1])[:, None]).sum(1)
     assert np.all(weight[np.arange(200), got] > 0)
     assert np.mean(got == want) > 0.97  # the rest differ by rounding at a boundary
+
+
+def test_empty_lines_hold_nothing():
+    lines = empty_lines(2, 3, 4)
+    assert np.all(lines.status == FREE) and np.all(lines.path == -1) and np.all(lines.parent == -1)
+    assert lines.path.shape == (2, 3, 4) and lines.key.shape == (2, 3, 2) and not np.any(lines.may_fork)
+    np.testing.assert_array_equal(sampler._free_from(lines), np.zeros((2, 3)))

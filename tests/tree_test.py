@@ -145,3 +145,53 @@ def test_check_names_what_is_broken(field, cell, value, message):
 def test_token_count():
     tree = T.from_parents([[-1, -1], [0, -1], [0, 0]], [[1, 0], [1, 0], [1, 1]], [[2, 0], [2, 1]])
     assert [int(x) for x in T.token_count(tree)] == [4, 6]
+
+
+def small():
+    return T.from_parents([[-1, -1, -1], [0, 0, 2]], [[1, 0, 1], [1, 1, 1]], [[1, 0], [1, 1], [1, 2]])
+
+
+@pytest.mark.parametrize(
+    "use, message",
+    [
+        (lambda t: T.up(t, jnp.ones(1)), r"Tree: the leaf value has shape \(1,\), not \(3,\)"),
+        (lambda t: T.up(t, jnp.float32(1)), r"the leaf value has shape \(\), not \(3,\)"),
+        (lambda t: T.up(t, jnp.ones((2, 3))), r"the leaf value has shape \(2, 3\), not \(3, 3\)"),
+        (lambda t: T.down(t, jnp.ones((2, 1))), r"the cell value has shape \(2, 1\), not \(2, 3\)"),
+        (lambda t: T.down(t, jnp.ones((1, 2, 3))), r"the cell value has shape \(1, 2, 3\), not \(2, 3\)"),
+        (lambda t: T.spread(t, leaf_credit=jnp.ones(1)), r"leaf_credit has shape \(1,\), not \(3,\)"),
+        (lambda t: T.spread(t, cell_credit=jnp.ones(3)), r"cell_credit has shape \(3,\), not \(2, 3\)"),
+        (lambda t: T.spread(t, leaf_credit=jnp.ones(3), leaf_weight=1.0), r"leaf_weight has shape \(\), not \(3,\)"),
+        (lambda t: T.check(t.replace(used=t.used[:1])), r"used has shape \(1, 3\), not \(2, 3\)"),
+        (lambda t: T.check(t.replace(leaf_path=t.leaf_path[:2])), r"leaf_path has shape \(2, 2\), not \(3, 2\)"),
+    ],
+)
+def test_values_of_a_wrong_shape_are_refused(use, message):
+    with pytest.raises(ValueError, match=message):
+        use(small())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda t: T.up(t, jnp.ones((1, 3))),
+        lambda t: T.down(t, jnp.ones((1, 2, 3))),
+        lambda t: T.spread(t, leaf_credit=jnp.ones((1, 3))),
+        lambda t: T.depth(t),
+        lambda t: T.check(t),
+    ],
+)
+def test_a_batch_is_refused_and_vmap_takes_its_trees_one_by_one(use):
+    batch = jax.tree.map(lambda x: x[None], small())
+    with pytest.raises(ValueError, match=r"token has shape \(1, 2, 3\), where one tree has \[S, K\]; use jax.vmap"):
+        use(batch)
+    got = jax.vmap(lambda t, x: T.spread(t, leaf_credit=x))(batch, jnp.ones((1, 3)))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b), got, T.spread(small(), leaf_credit=jnp.ones(3)))
+
+
+def test_a_tree_without_leaf_entries_has_no_depth_and_passes_the_check():
+    tree = T.from_parents([[-1, -1], [0, 0]], [[1, 1], [1, 1]], [])
+    T.check(tree)
+    cell, leaf = T.depth(tree)
+    assert not np.any(cell) and cell.shape == (2, 2) and leaf.shape == (0,)
+    assert not np.any(T.up(tree, jnp.ones(0))) and T.down(tree, jnp.ones((2, 2))).shape == (0,)

@@ -18,6 +18,61 @@ def stochastic() -> Branching:
     return Branching(start=start, step=step)
 
 
+def likeliest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The most probable tokens, in descending order, and their log-probs: [..., V] -> twice [..., count].
+
+    One pass over the logits for each, so the vocabulary is never sorted. Where fewer than `count`
+    tokens are possible, the rest have log-prob -inf and mean nothing.
+
+    Args:
+      logits: [..., V] float32, one of them finite. count: static.
+    """
+    token, left = [], logits
+    for _ in range(count):
+        token.append(jnp.argmax(left, -1))
+        left = jnp.where(jnp.arange(logits.shape[-1]) == token[-1][..., None], -jnp.inf, left)
+    token = jnp.stack(token, -1)
+    # the argmax of a vocabulary that is used up repeats token 0; reading scores from `left` would show it too, but
+    # would keep another array of the vocabulary's size in memory
+    again = jnp.any((token[..., None] == token[..., None, :]) & jnp.tri(count, k=-1, dtype=bool), -1)
+    score = jnp.where(again, -jnp.inf, jnp.take_along_axis(logits, token, axis=-1))
+    top = score[..., :1]
+    return token, score - (top + jnp.log(jnp.sum(jnp.exp(logits - top), -1, keepdims=True)))
+
+
+def _empty(frontier: Frontier) -> jax.Array:
+    """Slots in whose column nothing is held, where a line may start at any row: bool [B, K]."""
+    return (frontier.lines.status == FREE) & (frontier.free == 0)
+
+
+def admit(frontier: Frontier, token: jax.Array, score: jax.Array) -> Births:
+    """Starts the candidates of highest score at the heads of their lines, one in each empty slot.
+
+    Slots are filled from the left by descending score, ties by line and then by candidate; when a
+    tree's slots run out, the rest is dropped. A newborn may fork. A line takes a token of its own
+    besides, so a rule should not offer that one.
+
+    Args:
+      frontier: what the rule sees.
+      token: [B, K, M] int32, up to M candidates for the next token of each line.
+      score: [B, K, M] float32, only compared within a tree; -inf where a candidate is not wanted.
+        Candidates of lines that do not run are never wanted.
+    """
+    lines, (batch, _, children) = frontier.lines, token.shape
+    score = jnp.where((lines.status == ACTIVE)[..., None], score, -jnp.inf)
+    tokens, scores = token.reshape(batch, -1), score.reshape(batch, -1)  # [B, K * M], line-major
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+
+    empty = _empty(frontier)
+    rank = jnp.cumsum(empty, axis=-1) - 1  # of each empty slot, and so of the candidate it gets
+    pick = jnp.take_along_axis(order, jnp.clip(rank, 0, order.shape[-1] - 1), axis=-1)
+    admitted = empty & (rank < order.shape[-1]) & (jnp.take_along_axis(scores, pick, axis=-1) > -jnp.inf)
+    line = jnp.where(admitted, pick // children, -1)
+    row = jnp.take_along_axis(lines.cursor, jnp.maximum(line, 0), axis=-1) - 1
+    token = jnp.where(admitted, jnp.take_along_axis(tokens, pick, axis=-1), -1)
+    return Births(line=line, row=row, token=token, may_fork=admitted)
+
+
 def lookahead(*, tau_abs, tau_rel, share, fill_after, greedy, max_children: int = 2) -> Branching:
     """Forks into every likely token (LATR, arXiv 2510.24302, section 3, eq. 5).
 
@@ -53,16 +108,8 @@ def lookahead(*, tau_abs, tau_rel, share, fill_after, greedy, max_children: int 
 
     def step(frontier: Frontier):
         lines, logits, drawn = frontier.lines, frontier.logits, frontier.drawn
-        batch, slots = drawn.shape
-        best = []  # the likeliest tokens, one more than children, each found by one pass
-        left = logits
-        for _ in range(max_children + 1):
-            best.append(jnp.argmax(left, -1))
-            left = jnp.where(jnp.arange(logits.shape[-1]) == best[-1][..., None], -jnp.inf, left)
-        best = jnp.stack(best, -1)  # [B, K, M + 1]
-        score = jnp.take_along_axis(logits, best, axis=-1)
-        top = score[..., :1]
-        score = score - (top + jnp.log(jnp.sum(jnp.exp(logits - top), -1, keepdims=True)))
+        slots = drawn.shape[1]
+        best, score = likeliest(logits, max_children + 1)  # [B, K, M + 1]
         bar = jnp.log(jnp.maximum(tau_abs, jnp.exp(score[..., :1]) - tau_rel))
         active = lines.status == ACTIVE
         may_fork = active & lines.may_fork
@@ -71,23 +118,11 @@ def lookahead(*, tau_abs, tau_rel, share, fill_after, greedy, max_children: int 
         forks = may_fork & (score[..., 1] > bar[..., 0])  # two candidates
         child = (score > bar) & (best != taken) & forks[..., None]
         child &= jnp.cumsum(child, axis=-1) <= max_children
-        tokens = best.reshape(batch, -1)  # [B, K * (M + 1)], line-major
-        scores = jnp.where(child, score, -jnp.inf).reshape(batch, -1)
-        order = jnp.argsort(-scores, axis=-1, stable=True)
-
-        free = (lines.status == FREE) & (frontier.free == 0)
-        nth = jnp.minimum(jnp.cumsum(free, axis=-1) - 1, order.shape[-1] - 1)
-        pick = jnp.take_along_axis(order, jnp.maximum(nth, 0), axis=-1)
-        admitted = free & (jnp.cumsum(free, axis=-1) <= order.shape[-1])
-        admitted &= jnp.take_along_axis(scores, pick, axis=-1) > -jnp.inf
-        line = jnp.where(admitted, pick // (max_children + 1), -1)
-        row = jnp.take_along_axis(lines.cursor, jnp.maximum(line, 0), axis=-1) - 1
-        child = jnp.where(admitted, jnp.take_along_axis(tokens, pick, axis=-1), -1)
+        births = admit(frontier, best, jnp.where(child, score, -jnp.inf))
 
         late = (frontier.iteration >= fill_after) | ~jnp.any(active, -1, keepdims=True)
-        fill = free & ~admitted & late
-        line = jnp.where(fill, jnp.arange(slots), line)
-        row = jnp.where(fill, -1, row)
-        return forced, Births(line=line, row=row, token=child, may_fork=admitted)
+        fill = _empty(frontier) & (births.line < 0) & late
+        line = jnp.where(fill, jnp.arange(slots), births.line)
+        return forced, births._replace(line=line, row=jnp.where(fill, -1, births.row))
 
     return Branching(start=start, step=step)

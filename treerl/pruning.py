@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 
 from treerl.tree import SIMILAR
-from treerl.types import ACTIVE, DONE, FREE, Lines, Pruning
+from treerl.types import ACTIVE, FREE, Lines, Pruning
 
 
 def none() -> Pruning:
@@ -68,8 +68,10 @@ def similarity(*, windows: tuple[int, ...], tau_ed) -> Pruning:
         last = jnp.maximum(lines.cursor - 1, 0)
         parent = jnp.maximum(lines.parent, 0)
         own = jnp.broadcast_to(jnp.arange(slots), parent.shape)
-        read = jax.vmap(lambda token, row, column: token[row, column])
-        newest = read(token, last, own), read(token, last, parent)
+        read = jax.vmap(lambda table, row, column: table[row, column])
+        # along the parent's path: above its birth, where a child may be reborn, its column is not its own
+        theirs = jnp.maximum(read(lines.path, parent, last), 0)
+        newest = read(token, last, own), read(token, last, theirs)
         n = jnp.clip(age, 1, longest)
 
         def one(mine, theirs, row, column, new, n):
@@ -81,7 +83,7 @@ def similarity(*, windows: tuple[int, ...], tau_ed) -> Pruning:
         memory = jax.vmap(jax.vmap(one))(*memory, newest, n)
         distance = jnp.take_along_axis(memory[2], n[..., None], axis=-1)[..., 0]
         status, cursor = (jnp.take_along_axis(x, parent, -1) for x in (lines.status, lines.cursor))
-        parent_ended = (status == DONE) & (cursor <= lines.cursor)
+        parent_ended = (status != ACTIVE) & (cursor <= lines.cursor)
         due = jnp.any(age[..., None] == jnp.asarray(windows), axis=-1)
         due &= (lines.status == ACTIVE) & (lines.parent >= 0) & ~parent_ended
         stop = due & (distance < tau_ed * n)

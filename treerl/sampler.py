@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from treerl import tree as T
-from treerl.types import ACTIVE, DONE, FREE, Births, Branching, Frontier, Lines, Policy, Prompts, Pruning
+from treerl.types import ACTIVE, DONE, FREE, Births, Branching, Frontier, Lines, Policy, Prompts, Pruning, empty_lines
 
 _GRID = ("token", "parent", "used", "source", "end", "entropy", "logp_behavior", "logp_policy")
 
@@ -140,6 +140,15 @@ def _head_row(cursor):
     return jnp.maximum(cursor - 1, 0)
 
 
+def _last_cell(lines: Lines) -> jax.Array:
+    """Each line's own last cell, in its column: bool [B, S, K]; none of a newborn that has drawn nothing.
+
+    The cell above such a newborn belongs to another line, even where it lies in the same column.
+    """
+    row = jnp.arange(lines.path.shape[-1])[:, None]
+    return (row == lines.cursor[:, None] - 1) & (lines.cursor > lines.birth)[:, None]
+
+
 def _take(x, slot):
     """Reads x [B, K, ...] at slot [B, K], clipped."""
     slot = jnp.maximum(slot, 0)
@@ -191,14 +200,21 @@ def sample(
     tree_key = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(key, i)))(prompts.index)
     cache = policy.prefill(prompts.token, prompts.length)
 
-    def decide(lines: Lines, logits, iteration):
+    def decide(carry: _Carry, logits):
         """Draws for every line and asks the branching rule."""
+        lines = carry.lines
         noise = _fold(lines.key, lines.cursor)
         uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.wrap_key_data(k))))(noise)
         drawn = draw(logits, temperature, top_p, uniform)
         free = _free_from(lines)
-        token, births = branching.step(Frontier(lines, logits, drawn.token, drawn.entropy, free, iteration))
+        token, births = branching.step(Frontier(lines, logits, drawn.token, drawn.entropy, free, carry.iteration))
         allowed = (births.line >= 0) & (free <= births.row + 1)
+        status, head = _take(lines.status, births.line), _take(lines.cursor, births.line) - 1
+        # above the end of a line that runs or is finished, a forced token at a head, whose logits its log-prob is of
+        held = (status != FREE) & (births.row <= head - (status == DONE))
+        held &= (births.token < 0) | (births.row == head)
+        allowed &= held | ((births.row < 0) & (births.token < 0))  # the prompt is nobody's
+        allowed &= carry.active[:, None]  # a tree that is over is only stepped because others are not
         return drawn, token, births._replace(line=jnp.where(allowed, births.line, -1))
 
     def newborn(lines: Lines, births: Births):
@@ -228,9 +244,9 @@ def sample(
         column = jnp.maximum(jnp.take_along_axis(lines.path, row[..., None], axis=-1)[..., 0], 0)
         head = jax.vmap(lambda token, row, column: token[row, column])(grid["token"], row, column)
         was_active = lines.status == ACTIVE
-        write = was_active & (lines.cursor > 0) & (column == slot)
+        write = was_active & (lines.cursor > lines.birth)  # another line's cell has been written by its own
         logits, cache = policy.decode(carry.cache, head, lines.cursor - 1, lines.path, write, rows_in_use)
-        drawn, ruled, births = decide(lines, logits, carry.iteration)
+        drawn, ruled, births = decide(carry, logits)
 
         born = births.line >= 0
         forked = born & (births.token >= 0)
@@ -266,9 +282,8 @@ def sample(
         )
 
         reason, memory = pruning.step(carry.memory, lines, grid["token"])
-        stopped = (reason > 0) & (lines.status != FREE)
-        last = (jnp.arange(rows)[:, None] == lines.cursor[:, None] - 1) & stopped[:, None]
-        grid["end"] = jnp.where(last, reason[:, None], grid["end"])
+        stopped = (reason > 0) & (lines.status != FREE) & carry.active[:, None]
+        grid["end"] = jnp.where(_last_cell(lines) & stopped[:, None], reason[:, None], grid["end"])
         lines = lines.replace(status=jnp.where(stopped, FREE, lines.status))
         count = lambda mask: jnp.sum(mask, axis=1, dtype=jnp.int32)
         stats = Stats(
@@ -285,12 +300,8 @@ def sample(
 
     begins, may_fork = branching.start(batch, slots)
     none = jnp.full((batch, slots), -1, jnp.int32)
-    zero = jnp.zeros((batch, slots), jnp.int32)
-    empty = Lines(
-        status=zero, cursor=zero, path=jnp.full((batch, slots, rows), T.NONE), birth=zero, parent=none,
-        may_fork=zero > 0, started=zero, key=jnp.zeros((batch, slots, 2), jnp.uint32),
-    )  # fmt: skip
-    lines = newborn(empty, Births(line=jnp.where(begins, slot, -1), row=none, token=none, may_fork=may_fork))
+    births = Births(line=jnp.where(begins, slot, -1), row=none, token=none, may_fork=may_fork)
+    lines = newborn(empty_lines(batch, slots, rows), births)
     blank = jnp.zeros((batch, rows, slots))
     types = dict(token=jnp.int32, parent=jnp.int32, used=bool, source=jnp.int8, end=jnp.int8)
     grid = {name: blank.astype(types.get(name, jnp.float32)) for name in _GRID}
@@ -300,9 +311,9 @@ def sample(
     )
 
     def need(carry):
-        """Rows that the next segment may touch."""
-        running = jnp.where(carry.lines.status == ACTIVE, carry.lines.cursor, 0)
-        return jnp.max(running) + segment
+        """Rows that the next segment may touch; a line may be born on any that runs or is finished."""
+        held = jnp.where(carry.lines.status != FREE, carry.lines.cursor, 0)
+        return jnp.max(held) + segment
 
     def goes_on(carry):
         return jnp.any(carry.active) & (carry.iteration < budget)  # the only test over all trees
@@ -324,8 +335,7 @@ def sample(
 def _finish(carry: _Carry, slot) -> tuple[T.Tree, Stats]:
     """The tree of what the loop left: lines still running are CUT, lines that ended are leaves."""
     lines, grid = carry.lines, carry.grid
-    rows = lines.path.shape[-1]
-    cut = (jnp.arange(rows)[:, None] == lines.cursor[:, None] - 1) & (lines.status == ACTIVE)[:, None]
+    cut = _last_cell(lines) & (lines.status == ACTIVE)[:, None]
     done = (lines.status == DONE)[..., None]
     leaf = jnp.stack([lines.cursor - 1, slot], axis=-1)
     tree = T.Tree(

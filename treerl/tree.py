@@ -4,6 +4,8 @@ Rows are depth below the prompt, columns are slots; the parent of a cell lies in
 All functions take ONE tree (no batch axis); callers vmap. Derived quantities are functions,
 not fields, so there is nothing to keep in step.
 """
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -46,9 +48,26 @@ def leaf_length(tree: Tree) -> jax.Array:
     return tree.leaf[:, 0] + 1
 
 
+def _require(ok, what: str):
+    if not np.all(ok):
+        raise ValueError(f"Tree: {what}.")
+
+
+def _sizes(tree: Tree) -> tuple[tuple[int], tuple[int, int]]:
+    """(L,) and (S, K) of one tree. Refuses a batch, whose axes would broadcast into wrong numbers."""
+    batched = "token has shape {}, where one tree has [S, K]; use jax.vmap for a batch"
+    _require(jnp.ndim(tree.token) == 2, batched.format(jnp.shape(tree.token)))
+    return jnp.shape(tree.leaf)[:1], jnp.shape(tree.token)
+
+
+def _require_shape(name: str, x, shape: tuple):
+    _require(jnp.shape(x) == shape, f"{name} has shape {jnp.shape(x)}, not {shape}")
+
+
 def _through(tree: Tree) -> jax.Array:
     """Whether leaf l stands on cell (s, k): bool [L, S, K]; XLA fuses it into what reads it."""
-    columns = jnp.arange(tree.token.shape[1])
+    _, (_, slots) = _sizes(tree)
+    columns = jnp.arange(slots)
     return tree.leaf_path[:, :, None] == columns
 
 
@@ -58,6 +77,8 @@ def up(tree: Tree, x: jax.Array) -> jax.Array:
     Adjoint to `down`. Written as a fused comparison and reduction instead of a scan over rows:
     no scatter (so the order of addition is fixed on every device) and no serial chain of S steps.
     """
+    leaves, _ = _sizes(tree)
+    _require_shape("the leaf value", x, leaves + jnp.shape(x)[1:])
     on = _through(tree)
     on = on.reshape(on.shape + (1,) * (x.ndim - 1))
     return jnp.sum(jnp.where(on, x[:, None, None], 0), axis=0)
@@ -70,6 +91,8 @@ def down(tree: Tree, y: jax.Array) -> jax.Array:
 
 def along(tree: Tree, y: jax.Array) -> jax.Array:
     """Reads cell values along the path of every leaf: y [S, K] -> [L, S], 0 below the leaf."""
+    _, cells = _sizes(tree)
+    _require_shape("the cell value", y, cells)
     rows = jnp.arange(y.shape[0])
     values = y[rows[None], jnp.maximum(tree.leaf_path, 0)]
     return jnp.where(tree.leaf_path >= 0, values, 0)
@@ -124,7 +147,7 @@ def depth(tree: Tree) -> tuple[jax.Array, jax.Array]:
     root, fork = forks(tree)
     forked = along(tree, fork.astype(jnp.int32))  # [L, S]
     above = root.astype(jnp.int32) + jnp.cumsum(forked, axis=1) - forked  # strict ancestors
-    cell = jnp.max(jnp.where(_through(tree), above[:, :, None], 0), axis=0)
+    cell = jnp.max(jnp.where(_through(tree), above[:, :, None], 0), axis=0, initial=0)  # 0 without leaves
     last = jnp.maximum(tree.leaf[:, 0], 0)
     leaf = jnp.take_along_axis(above, last[:, None], axis=1)[:, 0]
     return cell, jnp.where(leaf_valid(tree), leaf, 0)
@@ -163,12 +186,17 @@ def spread(
     """
     if (leaf_credit is None) == (cell_credit is None):
         raise ValueError("spread: give leaf_credit or cell_credit, and not both.")
+    leaves, cells = _sizes(tree)
+    if leaf_weight is not None:
+        _require_shape("leaf_weight", leaf_weight, leaves)
     if cell_credit is not None:
+        _require_shape("cell_credit", cell_credit, cells)
         weight = kept(tree).astype(jnp.float32) if leaf_weight is None else up(tree, leaf_weight)
         weight = jnp.where(kept(tree), weight, 0)
         credit = jnp.where(kept(tree), cell_credit, 0)
         return weight * jnp.maximum(credit, 0), weight * jnp.minimum(credit, 0), weight
-    weight = jnp.ones(leaf_credit.shape) if leaf_weight is None else leaf_weight
+    _require_shape("leaf_credit", leaf_credit, leaves)
+    weight = jnp.ones(leaves) if leaf_weight is None else leaf_weight
     weight = jnp.where(leaf_valid(tree), weight, 0)
     credit = jnp.where(leaf_valid(tree), leaf_credit, 0)
     return (
@@ -219,38 +247,38 @@ def from_parents(parent, used, leaves, **fields) -> Tree:
 def check(tree: Tree) -> None:
     """Asserts the invariants of one tree, on the host; raises ValueError naming the first broken.
 
-    A used cell below row 0 of a kept path has a used parent; every leaf is FINISHED or TRUNCATED,
-    in range, and no two leaves share a cell or lie on each other's path; leaf_path follows the
-    parents; log-probs of kept cells are finite and not positive; sources and ends are known.
+    Every field has the shape of one tree; a used cell below row 0 of a kept path has a used parent;
+    every leaf is FINISHED or TRUNCATED, in range, and no two leaves share a cell or lie on each
+    other's path; leaf_path follows the parents; log-probs of kept cells are finite and not
+    positive; sources and ends are known.
     """
     t = jax.tree.map(np.asarray, tree)
-    rows, slots = t.token.shape
+    (leaves,), (rows, slots) = _sizes(tree)
+    shapes = dict(leaf=(leaves, 2), leaf_path=(leaves, rows))
+    for field in dataclasses.fields(Tree):
+        _require_shape(field.name, getattr(t, field.name), shapes.get(field.name, (rows, slots)))
 
-    def require(ok, what):
-        if not np.all(ok):
-            raise ValueError(f"Tree: {what}.")
-
-    require((t.parent >= NONE) & (t.parent < slots), "a parent column is out of range")
-    require(t.parent[0] == NONE, "a cell of row 0 has a parent other than the prompt")
-    require(np.isin(t.source, (SAMPLED, FORCED)), "unknown source")
+    _require((t.parent >= NONE) & (t.parent < slots), "a parent column is out of range")
+    _require(t.parent[0] == NONE, "a cell of row 0 has a parent other than the prompt")
+    _require(np.isin(t.source, (SAMPLED, FORCED)), "unknown source")
     valid = t.leaf[:, 0] >= 0
-    require((t.leaf[valid] >= 0) & (t.leaf[valid] < (rows, slots)), "a leaf is out of range")
+    _require((t.leaf[valid] >= 0) & (t.leaf[valid] < (rows, slots)), "a leaf is out of range")
     ends = t.end[t.leaf[valid, 0], t.leaf[valid, 1]]
-    require(np.isin(ends, (FINISHED, TRUNCATED)), "a leaf is neither FINISHED nor TRUNCATED")
-    require(len({tuple(x) for x in t.leaf[valid]}) == valid.sum(), "two leaves share a cell")
+    _require(np.isin(ends, (FINISHED, TRUNCATED)), "a leaf is neither FINISHED nor TRUNCATED")
+    _require(len({tuple(x) for x in t.leaf[valid]}) == valid.sum(), "two leaves share a cell")
     want = np.asarray(paths(jnp.asarray(t.parent), jnp.asarray(t.leaf)))
-    require(t.leaf_path == want, "leaf_path does not follow the parents")
+    _require(t.leaf_path == want, "leaf_path does not follow the parents")
     seen = np.zeros((rows, slots), bool)
     for (row, column), path in zip(t.leaf[valid], t.leaf_path[valid]):
         on = np.arange(row + 1), path[: row + 1]
-        require(path[: row + 1] >= 0, "a path to a leaf is broken")
-        require(t.used[on], "a path to a leaf crosses an unused cell")
-        require(t.end[on][:-1] == RUNNING, "a line goes on below its end")
+        _require(path[: row + 1] >= 0, "a path to a leaf is broken")
+        _require(t.used[on], "a path to a leaf crosses an unused cell")
+        _require(t.end[on][:-1] == RUNNING, "a line goes on below its end")
         seen[on] = True
-    require(np.isfinite(t.logp_behavior[seen]) & (t.logp_behavior[seen] <= 1e-5), "logp_behavior is not a log-prob")
-    require(np.isfinite(t.logp_policy[seen]) & (t.logp_policy[seen] <= 1e-5), "logp_policy is not a log-prob")
+    _require(np.isfinite(t.logp_behavior[seen]) & (t.logp_behavior[seen] <= 1e-5), "logp_behavior is not a log-prob")
+    _require(np.isfinite(t.logp_policy[seen]) & (t.logp_policy[seen] <= 1e-5), "logp_policy is not a log-prob")
     forced = seen & (t.source == FORCED)
-    require(t.logp_behavior[forced] == 0, "a forced token has a behaviour log-prob other than 0")
+    _require(t.logp_behavior[forced] == 0, "a forced token has a behaviour log-prob other than 0")
 
 
 def token_count(tree: Tree) -> tuple[jax.Array, jax.Array]:

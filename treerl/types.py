@@ -5,11 +5,14 @@
     K  columns: slots                  H  query heads      G  key/value heads
     L  leaves of a tree                C  tokens of a bin  P  prompt positions
     M  children a fork may get         N  bins             E  end-of-sequence ids
+
+Batched, B in front: rules, `sample`, `grade`, `pack`. Of one tree: its algebra, estimators. Of one answer: graders.
 """
 from typing import Any, Callable, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 
 Params = Any  # nested dict of arrays
 
@@ -78,6 +81,15 @@ class Lines:
     key: jax.Array  # [B, K, 2] uint32, the line's identity in the random stream
 
 
+def empty_lines(batch: int, slots: int, rows: int) -> Lines:
+    """Lines before anything starts, every slot FREE: where the sampler begins, and enough to try a rule alone."""
+    zero = jnp.zeros((batch, slots), jnp.int32)
+    return Lines(
+        status=zero, cursor=zero, path=jnp.full((batch, slots, rows), -1, jnp.int32), birth=zero, parent=zero - 1,
+        may_fork=zero > 0, started=zero, key=jnp.zeros((batch, slots, 2), jnp.uint32),
+    )  # fmt: skip
+
+
 class Frontier(NamedTuple):
     """What a branching rule sees at one iteration of the sampler."""
 
@@ -90,11 +102,13 @@ class Frontier(NamedTuple):
 
 
 class Births(NamedTuple):
-    """Lines that a branching rule starts in free slots."""
+    """Lines that a branching rule starts in free slots. The sampler ignores a birth that breaks what is said here."""
 
-    line: jax.Array  # [B, K] int32, slot of the line whose path is copied; -1 for no birth
-    row: jax.Array  # [B, K] int32, row of the cell forked at, on that line; -1 is the prompt
-    token: jax.Array  # [B, K] int32, forced first token (the cell must be the line's head now),
+    line: jax.Array  # [B, K] int32, slot of the line whose path is copied, ACTIVE or DONE (at the
+    #                  prompt any, even FREE); -1 for no birth
+    row: jax.Array  # [B, K] int32, row of the cell forked at, on that line and above the end of a
+    #                 DONE one; -1 is the prompt; at least Frontier.free - 1
+    token: jax.Array  # [B, K] int32, forced first token (the cell must be an ACTIVE line's head now),
     #                   or -1: the newborn decodes that cell and draws at the next iteration
     may_fork: jax.Array  # [B, K] bool
 
@@ -105,6 +119,9 @@ class Branching(NamedTuple):
     start(B, K) -> (bool [B, K] lines that start at the prompt, bool [B, K] which may fork).
     step(Frontier) -> (token [B, K], Births): the token each active line takes, -1 for the one
         drawn, and the lines to start.
+
+    A tree in which nothing runs, and nothing ran at the iteration before, is over: no line starts
+    in it any more, even while other trees go on, so a rule can look at the iteration's number.
     """
 
     start: Callable
@@ -116,7 +133,10 @@ class Pruning(NamedTuple):
 
     start(B, K) -> memory.
     step(memory, Lines, token [B, S, K]) -> (reason [B, K] int8, 0 to go on, memory); a DONE line
-        can be pruned too, and is then no leaf.
+        can be pruned too, and is then no leaf. In a tree that is over (see Branching) none is.
+
+    A reason is tree.PRUNED or above, as it becomes the `end` of the line's last cell, where 1 to 3
+    are the other ends. A new one needs a number in tree.py and a name in draw.ENDS.
     """
 
     start: Callable
