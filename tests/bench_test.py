@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from treerl import tree as T
-from treerl.bench import SUITES, devices, learner, measure, sampler, synthetic
+from treerl.bench import SUITES, devices, estimators, learner, measure, sampler, synthetic
 from treerl.models.presets import PRESETS
 
 TINY = dict(PRESETS["tiny"], layers=1, width=16, heads=2, kv_heads=1, head_dim=8, hidden=16)
@@ -20,6 +20,9 @@ TOY = {
     "learner": LEARNER,
     "step": dict(
         GROUP, segment=2, lengths=(), windows=(2,), bin_tokens=32, bins_per_step=1, vocab_chunk=16, remat=False
+    ),
+    "estimators": dict(
+        trees=8, slots=8, rows=16, part=2, chunk=4, groups=2, trajectories=4, steps=6, states=3, repeats=1
     ),
     "devices": dict(steps=1, prompts=4, slots=4),
 }  # fmt: skip
@@ -65,6 +68,23 @@ def test_the_two_losses_and_gradients_of_the_learner_are_the_same():
         assert rows[f"packed_{size}.gradient_difference"]["value"] < 1e-4
     assert rows["shared_prefix"]["value"] >= 0.5
     assert rows["unique_tokens"]["ratio"] < 1
+
+
+def test_random_trees_of_the_estimators_suite_are_trees():
+    trees = estimators.random_trees(20, rows=16, slots=8)
+    forks = 0
+    for i in range(20):
+        tree = jax.tree.map(lambda x: x[i], trees)
+        tree.end[tuple(tree.leaf[tree.leaf[:, 0] >= 0].T)] = T.FINISHED
+        T.check(tree)
+        forks += int(np.sum(T.forks(tree)[1]))
+    assert forks > 20
+
+
+def test_an_estimator_unlike_its_plain_implementation_raises(monkeypatch):
+    monkeypatch.setitem(estimators.PLAIN, "branch_depthwise", lambda tree, reward: 1 + estimators.plain_spo(tree, reward))
+    with pytest.raises(ValueError, match="estimators suite: branch_depthwise is .* away from its plain implementation, above 0.001"):
+        list(SUITES["estimators"](**TOY["estimators"]))
 
 
 def test_a_perturbed_objective_raises(monkeypatch):

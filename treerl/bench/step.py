@@ -1,4 +1,4 @@
-"""The whole training step, from prompts to updated parameters, and the part spent sampling.
+"""The whole training step, from prompts to updated parameters, the part spent sampling, and every estimator on its trees.
 
 Random weights give no thresholds that mean anything, so the lookahead rule's are open (every
 token a candidate, none pruned, see `bench.sampler`): a tree fills its slots in two steps and
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from treerl import sharding
 from treerl import step as S
-from treerl.bench import measure, synthetic
+from treerl.advantages import ESTIMATORS
+from treerl.bench import estimators, measure, synthetic
 from treerl.models.presets import PRESETS
 
 
@@ -70,7 +71,7 @@ def rows(**sizes):
 
     def rollout(params, prompts, key, number, knobs):
         tree, stats = S.rollout(fns, params, prompts, jax.random.wrap_key_data(key), number, knobs)
-        return tree, stats.sampled
+        return tree, S.grade(fns, tree, prompts)[1]
 
     sampling = measure.compiled(rollout, state.params, prompts, state.key, state.step, knobs)
     metrics = {}
@@ -84,6 +85,9 @@ def rows(**sizes):
         return sampling.run(state.params, prompts, state.key, state.step, knobs)
 
     times = measure.alternate(dict(step=run_step, sampling=run_sampling), sizes["repeats"])
+    graded = run_sampling()
+    credits = {name: measure.compiled(estimators.credit_of(name), *graded).run for name in ESTIMATORS}
+    credit_times = measure.alternate({k: functools.partial(run, *graded) for k, run in credits.items()}, sizes["repeats"])
     seconds, metrics = times["step"].median, jax.device_get(metrics)
     if not jnp.isfinite(metrics["loss"]):
         raise ValueError(f"step suite: the loss is {metrics['loss']}.")
@@ -91,5 +95,7 @@ def rows(**sizes):
     yield row("tokens", metrics["sampled_tokens"] / seconds, "tokens/s")
     share = times["sampling"].over(times["step"])
     yield row("sampling", times["sampling"].median, "s", versus="step", ratio=share)
+    for name, time in credit_times.items():
+        yield row(f"advantage.{name}", time.median, "s", versus="step", ratio=time.median / seconds)
     yield row("unique_tokens", metrics["unique_tokens"], "of flattened answer tokens")
     yield row("bins", metrics["bins"], "bins")
