@@ -317,7 +317,7 @@ def test_degenerate_groups_get_exactly_zero(name):
     assert not np.any(estimator(star(2), jnp.array([0.5, 0.5 + 1e-7])))
 
 
-SCALED = {"branch_depthwise", "grpo", "tree_grpo"}  # divide by a standard deviation
+SCALED = {"branch_depthwise", "grpo", "hgpo", "tree_grpo"}  # divide by a standard deviation
 
 
 @pytest.mark.parametrize("name", sorted(set(A.ESTIMATORS) - {"reinforce_pp", "mc_grpo"}))

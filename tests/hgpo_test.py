@@ -9,7 +9,7 @@ import oracles
 import pytest
 
 from treerl import tree as T
-from treerl.advantages.grpo import grpo
+from treerl.advantages.flat import grpo
 from treerl.advantages.hgpo import _hash, gigpo, gigpo_tree, hgpo, hgpo_tree, segments, step_returns
 
 GROUPS, R, STEPS = 110, 5, 6

@@ -264,7 +264,7 @@ CHANGES = dict(
     tau_abs=np.float32(0.3), tau_rel=np.float32(0.2), tau_ed=np.float32(0.1),
     share=np.array([0.5], np.float32), share_from=np.array([1], np.int32),
     fill_after=np.int32(2), greedy=np.bool_(True),
-    clip_low=np.float32(0.1), clip_high=np.float32(0.3), kl=np.float32(0.1),
+    clip_low=np.float32(0.1), clip_high=np.float32(0.3), kl=np.float32(0.1), dual_clip=np.float32(3), importance_cap=np.float32(5),
 )  # fmt: skip
 
 

@@ -55,24 +55,6 @@ def unpack(values: jax.Array, bins: Bins, like: jax.Array) -> jax.Array:
     return jnp.zeros((like.size,), values.dtype).at[index].set(values.reshape(-1), mode="drop").reshape(like.shape)
 
 
-def leaf_order(tree: T.Tree) -> tuple[jax.Array, jax.Array]:
-    """Leaves in depth-first order and what each shares with the one before it.
-
-    Returns:
-      order: int32 [L], leaf indices, missing leaves last.
-      shared: int32 [L], rows that the n-th leaf in that order has in common with the (n-1)-th.
-    """
-    path, valid = tree.leaf_path, T.leaf_valid(tree)
-    same = (path[:, None] == path[None]) & (path >= 0)[:, None]
-    common = jnp.sum(same, axis=-1)  # [L, L]; cells are equal only if all above are
-    fork = jnp.minimum(common, path.shape[1] - 1)
-    mine = jnp.take_along_axis(path[:, None], fork[..., None], axis=-1)[..., 0]
-    first = jnp.where(valid[:, None] & valid, mine.T < mine, valid[None] & ~valid[:, None])
-    order = jnp.argsort(jnp.sum(first, axis=1), stable=True)
-    shared = common[order[1:], order[:-1]] * valid[order[1:]]
-    return order, jnp.concatenate([jnp.zeros((1,), shared.dtype), shared])
-
-
 def _assign(length, shared, prompt, size):
     """Puts leaves into bins, one after the other.
 
@@ -126,7 +108,7 @@ def pack(
     bins = bound if bins is None else bins
     include = jnp.ones((batch,), bool) if include is None else include
     reference = jnp.zeros(tree.token.shape) if reference is None else reference
-    order, shared = jax.vmap(leaf_order)(tree)
+    order, shared = jax.vmap(T.leaf_order)(tree)
     path = jnp.take_along_axis(tree.leaf_path, order[..., None], axis=1)  # [B, L, S]
     length = jnp.sum(path >= 0, axis=-1) * include[:, None]
     shared = jnp.minimum(shared, length)

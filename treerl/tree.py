@@ -64,24 +64,75 @@ def _require_shape(name: str, x, shape: tuple):
     _require(jnp.shape(x) == shape, f"{name} has shape {jnp.shape(x)}, not {shape}")
 
 
-def _through(tree: Tree) -> jax.Array:
-    """Whether leaf l stands on cell (s, k): bool [L, S, K]; XLA fuses it into what reads it."""
-    _, (_, slots) = _sizes(tree)
-    columns = jnp.arange(slots)
-    return tree.leaf_path[:, :, None] == columns
+def shared_rows(tree: Tree) -> jax.Array:
+    """Rows that the paths of two leaves have in common, their lengths on the diagonal: int32 [L, L], 0 for missing ones.
+
+    By bisection: paths that meet in a row meet in all rows above it.
+    """
+    _sizes(tree)
+    length = jnp.where(leaf_valid(tree), leaf_length(tree), 0)
+    low, high = jnp.zeros((length.size,) * 2, jnp.int32), jnp.minimum(length[:, None], length)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high + 1) // 2
+        column = jnp.take_along_axis(tree.leaf_path, jnp.maximum(middle - 1, 0), axis=1)
+        meet = (column == column.T) | (middle == 0)
+        return jnp.where(meet, middle, low), jnp.where(meet, high, middle - 1)
+
+    return jax.lax.fori_loop(0, tree.token.shape[0].bit_length(), halve, (low, high))[0]
+
+
+def leaf_order(tree: Tree) -> tuple[jax.Array, jax.Array]:
+    """Leaves in depth-first order and what each shares with the one before it.
+
+    Returns:
+      order: int32 [L], leaf indices, missing leaves last.
+      shared: int32 [L], rows that the n-th leaf in that order has in common with the (n-1)-th.
+    """
+    path, valid, common = tree.leaf_path, leaf_valid(tree), shared_rows(tree)
+    mine = jnp.take_along_axis(path, jnp.minimum(common, path.shape[1] - 1), axis=1)  # column where two paths part
+    first = jnp.where(valid[:, None] & valid, mine.T < mine, valid[None] & ~valid[:, None])
+    order = jnp.argsort(jnp.sum(first, axis=1), stable=True)
+    shared = common[order[1:], order[:-1]]
+    return order, jnp.concatenate([jnp.zeros((min(1, order.size),), shared.dtype), shared])
+
+
+def _by_cell(tree: Tree, x: jax.Array, combine) -> jax.Array:
+    """Folds what leaves say of the cells of their paths: x [L, S, ...] -> [S, K, ...], 0 where no leaf stands.
+
+    The leaves below a cell are neighbours in depth-first order, so one scan over leaves folds all
+    cells, from the last leaf to the first of each: O(S K) work and memory, and a fixed order of
+    addition. The first leaf of a cell writes its result.
+
+    Args:
+      combine: (value of a leaf, total of the later leaves on the same cell), each [S, ...] -> [S, ...].
+    """
+    leaves, (rows, slots) = _sizes(tree)
+    if not leaves[0]:
+        return jnp.zeros((rows, slots) + x.shape[2:], x.dtype)
+    order, shared = leaf_order(tree)
+    row = jnp.arange(rows)
+    wide = lambda mask: mask.reshape(mask.shape + (1,) * (x.ndim - 2))
+
+    def fold(later, leaf):
+        x, next_shared = leaf
+        total = jnp.where(wide(row < next_shared), combine(x, later), x)
+        return total, total
+
+    after = jnp.concatenate([shared[1:], jnp.zeros((1,), shared.dtype)])
+    _, total = jax.lax.scan(fold, jnp.zeros_like(x[0]), (x[order], after), reverse=True)
+    path = tree.leaf_path[order]
+    column = jnp.where((path >= 0) & (row >= shared[:, None]), path, slots)  # of the first leaf on each cell
+    blank = jnp.zeros((rows, slots) + x.shape[2:], x.dtype)
+    return blank.at[jnp.broadcast_to(row, path.shape), column].set(total, mode="drop")
 
 
 def up(tree: Tree, x: jax.Array) -> jax.Array:
-    """Sums a leaf value into every cell at or above the leaf: x [L, ...] -> [S, K, ...].
-
-    Adjoint to `down`. Written as a fused comparison and reduction instead of a scan over rows:
-    no scatter (so the order of addition is fixed on every device) and no serial chain of S steps.
-    """
-    leaves, _ = _sizes(tree)
+    """Sums a leaf value into every cell at or above the leaf: x [L, ...] -> [S, K, ...]. Adjoint to `down`."""
+    leaves, (rows, _) = _sizes(tree)
     _require_shape("the leaf value", x, leaves + jnp.shape(x)[1:])
-    on = _through(tree)
-    on = on.reshape(on.shape + (1,) * (x.ndim - 1))
-    return jnp.sum(jnp.where(on, x[:, None, None], 0), axis=0)
+    return _by_cell(tree, jnp.broadcast_to(x[:, None], (x.shape[0], rows) + x.shape[1:]), jnp.add)
 
 
 def down(tree: Tree, y: jax.Array) -> jax.Array:
@@ -112,23 +163,26 @@ def mean_below(tree: Tree, x: jax.Array) -> jax.Array:
     Returns:
       [S, K], 0 where no leaf is at or below.
     """
-    sums = jnp.sum(jnp.where(_through(tree), x[:, :, None], 0), axis=0)
-    return sums / jnp.maximum(leaf_count(tree), 1)
+    leaves, (rows, _) = _sizes(tree)
+    _require_shape("the value of leaves' rows", x, leaves + (rows,))
+    return _by_cell(tree, x, jnp.add) / jnp.maximum(leaf_count(tree), 1)
 
 
 def kept(tree: Tree) -> jax.Array:
     """Cells with a leaf at or below them, the only ones that are trained on: bool [S, K]."""
-    return jnp.any(_through(tree), axis=0)
+    return leaf_count(tree) > 0
 
 
 def children(tree: Tree) -> tuple[jax.Array, jax.Array]:
     """Number of kept children: of the prompt, int32 [], and of each cell, int32 [S, K]."""
-    is_kept = kept(tree)
-    below = jnp.concatenate([is_kept[1:], jnp.zeros_like(is_kept[:1])])
-    parent = jnp.concatenate([tree.parent[1:], jnp.full_like(tree.parent[:1], NONE)])
-    columns = jnp.arange(is_kept.shape[1])
-    count = jnp.sum(below[:, :, None] & (parent[:, :, None] == columns), axis=1)
-    return jnp.sum(is_kept[0]), count
+    if not tree.leaf.shape[0]:
+        return jnp.int32(0), jnp.zeros(tree.token.shape, jnp.int32)
+    order, shared = leaf_order(tree)
+    row = jnp.arange(tree.token.shape[0])
+    new = (row >= shared[:, None]) & (tree.leaf_path[order] >= 0)  # the leaf is the first on its cell of the row
+    new = jnp.zeros_like(new).at[order].set(new).astype(jnp.int32)
+    below = jnp.concatenate([new[:, 1:], jnp.zeros_like(new[:, :1])], axis=1)
+    return jnp.sum(new[:, 0]), _by_cell(tree, below, jnp.add)
 
 
 def forks(tree: Tree) -> tuple[jax.Array, jax.Array]:
@@ -147,7 +201,7 @@ def depth(tree: Tree) -> tuple[jax.Array, jax.Array]:
     root, fork = forks(tree)
     forked = along(tree, fork.astype(jnp.int32))  # [L, S]
     above = root.astype(jnp.int32) + jnp.cumsum(forked, axis=1) - forked  # strict ancestors
-    cell = jnp.max(jnp.where(_through(tree), above[:, :, None], 0), axis=0, initial=0)  # 0 without leaves
+    cell = _by_cell(tree, above, lambda own, later: own)
     last = jnp.maximum(tree.leaf[:, 0], 0)
     leaf = jnp.take_along_axis(above, last[:, None], axis=1)[:, 0]
     return cell, jnp.where(leaf_valid(tree), leaf, 0)
@@ -199,11 +253,8 @@ def spread(
     weight = jnp.ones(leaves) if leaf_weight is None else leaf_weight
     weight = jnp.where(leaf_valid(tree), weight, 0)
     credit = jnp.where(leaf_valid(tree), leaf_credit, 0)
-    return (
-        up(tree, weight * jnp.maximum(credit, 0)),
-        up(tree, weight * jnp.minimum(credit, 0)),
-        up(tree, weight),
-    )
+    each = jnp.stack([weight * jnp.maximum(credit, 0), weight * jnp.minimum(credit, 0), weight], axis=-1)
+    return tuple(jnp.moveaxis(up(tree, each), -1, 0))
 
 
 @jax.jit

@@ -65,18 +65,19 @@ def branch_depthwise(
     nodes = N.levels(tree, segment)
     value = fuse(tree, nodes, reward, fusion, beta, per_token)
 
-    member = nodes.first & (nodes.real | virtual)  # [L, D]
-    if pool == "prompt":
-        near = T.leaf_valid(tree)[None, None]  # [1, 1, L]
-    elif pool == "depth":
-        near = (N.shared_rows(tree) > 0)[None]
-    else:
-        near = jnp.concatenate([nodes.same[:1], nodes.same[:-1]])  # [D, L, L], on one parent
-    mask = near & member.T[:, None]
-    values = jnp.broadcast_to(value.T[:, None], mask.shape)
-    centre = masked.mean(values, mask, axis=-1).T  # [L, D], or [1, D] where a level is one pool
-    spread = masked.std(values, mask, axis=-1, ddof=ddof).T
+    valid, near = T.leaf_valid(tree), nodes.shared > 0
 
+    def moments(same, first, value, real, above):
+        member = first & (real | virtual)  # of the nodes that count
+        if pool == "prompt":
+            values = jnp.where(valid, value, 0)
+            spread = jnp.broadcast_to(masked.std(values, member, ddof=ddof), value.shape)
+            return jnp.broadcast_to(masked.mean(values, member), value.shape), spread
+        mask = member & (near if pool == "depth" else N.on_one_node(nodes, above))
+        values = jnp.broadcast_to(value, mask.shape)
+        return masked.mean(values, mask, axis=1), masked.std(values, mask, axis=1, ddof=ddof)
+
+    centre, spread = N.each(moments, nodes, value, nodes.real, N.above(nodes.last))
     advantage = value - centre
     if std:
         advantage = advantage / (spread + eps)
@@ -98,7 +99,7 @@ def fuse(tree: T.Tree, nodes: N.Levels, reward, fusion: str, beta, per_token: bo
         return N.leaf_values(nodes, reward)
     length = T.leaf_length(tree)
     if not per_token:  # log p(n) is the same for all leaves below n and cancels
-        return N.leaf_values(nodes, reward, beta * N.path_logp(tree, length[:, None] - 1)[:, 0])
+        whole = jnp.broadcast_to(N.path_logp(tree, length[:, None] - 1), total.shape)
+        return N.leaf_values(nodes, reward, beta * whole)
     below = (N.path_logp(tree, length[:, None] - 1) - total) / jnp.maximum(length[:, None] - 1 - nodes.last, 1)
-    level = lambda same, weight: N.leaf_values(nodes._replace(same=same[None]), reward, weight)[:, 0]
-    return jax.vmap(level, out_axes=1)(nodes.same, beta * below.T)
+    return N.leaf_values(nodes, reward, beta * below)

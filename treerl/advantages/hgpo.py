@@ -209,8 +209,8 @@ def hgpo_tree(
     HGPO, arXiv 2602.22817, carried from environment steps to text. The leaves of the tree are the
     group; every row of a leaf's path has the credit of its step, and a cell the mean over the
     leaves below it. What differs from flat GRPO: credit belongs to cells; with segment >= S there
-    is one step, and this is GRPO with the population standard deviation. A tree with fewer than
-    two leaves gets zero.
+    is one step, and this is GRPO with the population standard deviation. A tree whose rewards are
+    all the same gets zero.
 
     Args:
       tree: one tree. reward: [L] float32. segment, gamma: see `segments`. Others: see `hgpo`.
@@ -220,7 +220,7 @@ def hgpo_tree(
     """
     steps = segments(tree, reward, segment=segment, gamma=gamma)
     credit = hgpo(*steps, levels=levels, alpha=alpha, weight_shift=weight_shift, std=std, zero=zero)
-    return _cell_credit(tree, credit, segment)
+    return _cell_credit(tree, reward, credit, segment)
 
 
 def gigpo_tree(
@@ -246,7 +246,7 @@ def gigpo_tree(
     """
     steps = segments(tree, reward, segment=segment, gamma=gamma)
     credit = gigpo(*steps, std=std, episode=reward, step_weight=step_weight)
-    return _cell_credit(tree, credit, segment)
+    return _cell_credit(tree, reward, credit, segment)
 
 
 def _hash(token):
@@ -258,10 +258,11 @@ def _hash(token):
     return jnp.sum(x * jnp.array(powers, jnp.uint32), axis=-1)
 
 
-def _cell_credit(tree, credit, segment):
-    """Gives every cell the mean credit of its step over the leaves below: [L, T] -> [S, K]."""
+def _cell_credit(tree, reward, credit, segment):
+    """Gives every cell the mean credit of its step over the leaves below: [L, T] -> [S, K]; 0 without contrast."""
     rows = jnp.repeat(credit, segment, axis=1)[:, : tree.leaf_path.shape[1]]
-    return jnp.where(jnp.sum(T.leaf_valid(tree)) >= 2, T.mean_below(tree, rows), 0.0)
+    contrast = masked.std(reward, T.leaf_valid(tree), ddof=1) >= 1e-6  # False for fewer than two leaves
+    return jnp.where(contrast, T.mean_below(tree, rows), 0.0)
 
 
 def _compare(returns, state_id, valid, levels):

@@ -9,23 +9,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from treerl import masked
 from treerl import tree as T
 
 
 class Levels(NamedTuple):
-    """Nodes of one tree; D levels."""
+    """Nodes of one tree; D levels. Two leaves stand on the same node if they share its last row."""
 
     at: jax.Array  # [L, S] int32, level of each cell of a leaf's path; -1 below the leaf
     last: jax.Array  # [L, D] int32, row of the node's last cell, -1 if it has none
     real: jax.Array  # [L, D] bool, whether the leaf's path has a cell of the level
-    same: jax.Array  # [D, L, L] bool, whether two leaves stand on the same node; False for missing leaves
-    first: jax.Array  # [L, D] bool, whether the leaf is its node's first
-
-
-def shared_rows(tree: T.Tree) -> jax.Array:
-    """Rows that the paths of two leaves have in common, their own lengths on the diagonal: int32 [L, L]."""
-    path = tree.leaf_path
-    return jnp.sum((path[:, None] == path[None]) & (path >= 0)[:, None], axis=-1)
+    shared: jax.Array  # [L, L] int32, see `tree.shared_rows`; -1 for missing leaves
 
 
 def levels(tree: T.Tree, segment: int = 0) -> Levels:
@@ -48,13 +42,42 @@ def levels(tree: T.Tree, segment: int = 0) -> Levels:
         root, fork = T.forks(tree)
         forked = T.along(tree, fork.astype(jnp.int32))
         at = root.astype(jnp.int32) + jnp.cumsum(forked, axis=1) - forked
-        on_path = (tree.leaf_path >= 0)[:, None]
-        last = jnp.sum(on_path & (at[:, None] <= jnp.arange(count)[:, None]), axis=-1) - 1
+        rise = jnp.where(tree.leaf_path >= 0, at, count)  # ascends along the path
+        last = jax.vmap(lambda a: jnp.searchsorted(a, jnp.arange(count), side="right"))(rise) - 1
     at = jnp.where(tree.leaf_path >= 0, at, -1)
     before = jnp.concatenate([jnp.full((leaves, 1), -1), last[:, :-1]], axis=1)
-    same = (shared_rows(tree) > last.T[..., None]) & valid[:, None] & valid
-    first = jnp.argmax(same, axis=-1).T == jnp.arange(leaves)[:, None]
-    return Levels(at=at, last=last, real=valid[:, None] & (last > before), same=same, first=first & valid[:, None])
+    shared = jnp.where(valid[:, None] & valid, T.shared_rows(tree), -1)
+    return Levels(at=at, last=last, real=valid[:, None] & (last > before), shared=shared)
+
+
+def each(function, nodes: Levels, *numbers: jax.Array) -> jax.Array:
+    """Runs a function level by level, so that no [D, L, L] array exists.
+
+    Args:
+      function: (same [L, L] bool, whether two leaves stand on the same node; first [L] bool,
+        whether the leaf is its node's first; numbers of the level, each [L]) -> pytree of [L].
+      numbers: [L, D].
+
+    Returns:
+      Pytree of [L, D].
+    """
+
+    def level(last, *numbers):
+        same = on_one_node(nodes, last)
+        return function(same, is_first(same), *numbers)
+
+    result = jax.lax.map(lambda columns: level(*columns), tuple(x.T for x in (nodes.last, *numbers)))
+    return jax.tree.map(lambda x: x.T, result)
+
+
+def on_one_node(nodes: Levels, last: jax.Array) -> jax.Array:
+    """Whether two leaves stand on the same node, whose last row is given [L]: bool [L, L], False for missing leaves."""
+    return nodes.shared > jnp.maximum(last, -1)[:, None]
+
+
+def is_first(same: jax.Array) -> jax.Array:
+    """Whether a leaf is the first of its node: same [L, L] -> bool [L]."""
+    return jnp.argmax(same, axis=1) == jnp.where(jnp.any(same, axis=1), jnp.arange(same.shape[0]), -1)
 
 
 def path_logp(tree: T.Tree, last: jax.Array) -> jax.Array:
@@ -63,19 +86,22 @@ def path_logp(tree: T.Tree, last: jax.Array) -> jax.Array:
     return jnp.where(last >= 0, jnp.take_along_axis(total, jnp.maximum(last, 0), axis=1), 0.0)
 
 
+def softmax_mean(x: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
+    """Mean of x [L] over each row of mask [L, L], by a softmax of log-weights [L] in the row: [L], 0 for empty rows."""
+    top = jnp.max(jnp.where(mask, weight, -jnp.inf), axis=1, keepdims=True)
+    share = jnp.exp(jnp.where(mask, weight, -jnp.inf) - jnp.where(jnp.isfinite(top), top, 0))
+    return masked.mean(jnp.broadcast_to(x, mask.shape), mask, axis=1, weight=share)
+
+
 def leaf_values(nodes: Levels, reward: jax.Array, weight: jax.Array | None = None) -> jax.Array:
     """Mean reward of the leaves on each node: [L, D].
 
     Args:
-      reward: [L]. weight: [L] log-weights, normalised among the leaves of each node; None: uniform.
+      reward: [L]. weight: [L, D] log-weights, normalised among the leaves of each node; None: uniform.
     """
     if weight is None:
-        count = jnp.sum(nodes.same, axis=-1)
-        return (jnp.sum(jnp.where(nodes.same, reward, 0), axis=-1) / jnp.maximum(count, 1)).T
-    top = jnp.max(jnp.where(nodes.same, weight, -jnp.inf), axis=-1, keepdims=True)
-    share = jnp.where(nodes.same, jnp.exp(weight - jnp.where(jnp.isfinite(top), top, 0)), 0)
-    total = jnp.sum(share, axis=-1)
-    return (jnp.sum(share * jnp.where(nodes.same, reward, 0), axis=-1) / jnp.where(total > 0, total, 1)).T
+        return each(lambda same, _: masked.mean(jnp.broadcast_to(reward, same.shape), same, axis=1), nodes)
+    return each(lambda same, _, weight: softmax_mean(reward, same, weight), nodes, weight)
 
 
 def child_values(nodes: Levels, reward: jax.Array, weight: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -87,23 +113,18 @@ def child_values(nodes: Levels, reward: jax.Array, weight: jax.Array | None = No
     Returns:
       (value [L, D], population standard deviation of the children's values [L, D]).
     """
-    weight = jnp.zeros(nodes.first.shape) if weight is None else weight
+    weight = jnp.zeros(nodes.last.shape) if weight is None else weight
+    bottom = jnp.where(jnp.diagonal(nodes.shared) > 0, reward, 0.0)  # at the last level every leaf is alone
 
     def up(value, level):
-        same, child, weight = level
-        mask = same & child  # [L, L], the children below each leaf's node
-        top = jnp.max(jnp.where(mask, weight, -jnp.inf), axis=-1, keepdims=True)
-        share = jnp.where(mask, jnp.exp(weight - jnp.where(jnp.isfinite(top), top, 0)), 0)
-        share = share / jnp.maximum(jnp.sum(share, axis=-1, keepdims=True), 1e-30)
-        mean = jnp.sum(share * value, axis=-1)
-        count = jnp.maximum(jnp.sum(mask, axis=-1), 1)
-        centre = jnp.sum(jnp.where(mask, value, 0), axis=-1, keepdims=True) / count[:, None]
-        spread = jnp.sqrt(jnp.sum(jnp.where(mask, jnp.square(value - centre), 0), axis=-1) / count)
-        return mean, (mean, spread)
+        last, below, weight = level
+        mask = on_one_node(nodes, last) & is_first(on_one_node(nodes, below))  # [L, L], the children of each leaf's node
+        values = jnp.broadcast_to(value, mask.shape)
+        mean = softmax_mean(value, mask, weight)
+        return mean, (mean, masked.std(values, mask, axis=1))
 
-    bottom = jnp.where(nodes.same[-1].any(-1), reward, 0)  # at the last level every leaf is alone
-    inner = nodes.same[:-1], nodes.first.T[1:], weight.T[1:]
-    _, (value, spread) = jax.lax.scan(up, bottom, inner, reverse=True)
+    levels = nodes.last.T[:-1], nodes.last.T[1:], weight.T[1:]
+    _, (value, spread) = jax.lax.scan(up, bottom, levels, reverse=True)
     none = jnp.zeros_like(bottom)[None]
     return jnp.concatenate([value, bottom[None]]).T, jnp.concatenate([spread, none]).T
 

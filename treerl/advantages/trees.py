@@ -32,7 +32,8 @@ def eptree(tree: T.Tree, reward: jax.Array, *, segment: int = 0, scale: Literal[
     """
     nodes = N.levels(tree, segment)
     value = N.leaf_values(nodes, rloo(tree, reward))
-    shrink = jnp.sqrt(jnp.maximum(jnp.sum(nodes.same, axis=-1).T, 1).astype(jnp.float32))
+    size = N.each(lambda same, _: jnp.sum(same, axis=1), nodes)
+    shrink = jnp.sqrt(jnp.maximum(size, 1).astype(jnp.float32))
     if scale == "code":
         value = value / shrink
     advantage = (value - value[:, :1]) + (value - N.above(value))
@@ -87,12 +88,16 @@ def treepo(
     """
     chex.assert_equal_shape([reward, tree.leaf[:, 0]])
     nodes = N.levels(tree, segment)
-    size = jnp.sum(nodes.same, axis=-1).T  # [L, D]
+
+    def group(same, _):
+        r = jnp.broadcast_to(reward, same.shape)
+        return jnp.sum(same, axis=1), masked.mean(r, same, axis=1), masked.std(r, same, axis=1, ddof=1)
+
+    size, mean, spread = N.each(group, nodes)  # [L, D]
     use = T.leaf_valid(tree)[:, None] & ((size >= 2) | (jnp.arange(size.shape[1]) == 0))
     if skip_equal:
-        values = jnp.broadcast_to(reward, nodes.same.shape)
-        use &= masked.std(values, nodes.same, axis=-1, ddof=1).T >= ROUNDING
-    advantage = reward[:, None] - N.leaf_values(nodes, reward)
+        use &= spread >= ROUNDING
+    advantage = reward[:, None] - mean
     advantage = masked.mean(advantage, use, axis=1, weight=size if weight == "size" else 1.0)
     contrast = masked.std(reward, T.leaf_valid(tree), ddof=1) >= ROUNDING
     return jnp.where(contrast, advantage, 0.0)
@@ -119,7 +124,7 @@ def tree_grpo(
     valid = T.leaf_valid(tree)
     everyone = valid[:, None] & valid
     total = jnp.zeros_like(reward)
-    for use, group in ((inter, everyone), (intra, everyone & (N.shared_rows(tree) > 0))):
+    for use, group in ((inter, everyone), (intra, everyone & (T.shared_rows(tree) > 0))):
         values = jnp.broadcast_to(reward, group.shape)
         spread = masked.std(values, group, axis=-1, ddof=1)
         advantage = (reward - masked.mean(values, group, axis=-1)) / ((spread + eps) if std else 1.0)
