@@ -24,7 +24,7 @@ TOLERANCE = 1e-3  # absolute, of credit in float32 at these sizes
 def defaults() -> dict:
     """Sizes, the same on every machine."""
     return dict(
-        trees=1024, slots=64, rows=1024, part=64, chunk=64, groups=64, trajectories=16, steps=64, states=200, repeats=5
+        trees=1024, slots=64, rows=1024, part=64, chunk=16, groups=64, trajectories=16, steps=64, states=200, repeats=5
     )
 
 
@@ -209,16 +209,19 @@ def plain_hgpo(returns, state, levels=2):
     return result
 
 
-def plain_gigpo(returns, state):
-    """One group [R, T] by a dictionary of states."""
-    groups, result = collections.defaultdict(list), np.zeros(returns.shape)
+def plain_gigpo(returns, state, episode):
+    """One group [R, T] as the released trainers do: name the rows' groups, collect scores by name, walk the rows."""
+    name, scores, rows = {}, collections.defaultdict(list), []
     for i, line in enumerate(state):
         for t, here in enumerate(line):
-            groups[tuple(here)].append((i, t))
-    for members in groups.values():
-        r = np.array([returns[m] for m in members])
-        for m, a in zip(members, r - np.mean(r)):
-            result[m] = a
+            name[i, t] = tuple(here)
+    for m, group in name.items():
+        scores[group].append(returns[m])
+        rows.append(episode[m[0]])  # a row a step, so a longer trajectory weighs more
+    mean = {group: np.mean(values) if len(values) > 1 else values[0] for group, values in scores.items()}
+    centre, result = np.mean(rows), np.zeros(returns.shape)
+    for m, group in name.items():
+        result[m] = (episode[m[0]] - centre) + 1.0 * (returns[m] - mean[group])
     return result
 
 
@@ -288,11 +291,15 @@ def rows(**sizes):
     state = states[rng.integers(0, sizes["states"], shape)]
     returns = rng.integers(0, 11, shape).astype(np.float32)
     valid = np.ones(shape, bool)
-    given = jax.device_put((returns, state, valid))
-    for name, function, plain in (("hgpo", A.hgpo, plain_hgpo), ("gigpo", A.gigpo, plain_gigpo)):
+    episode = returns[..., 0].copy()
+    given = jax.device_put((returns, state, valid, episode))
+    whole_gigpo = lambda returns, state, valid, episode: A.gigpo(returns, state, valid, episode=episode)
+    steps_hgpo = lambda returns, state, valid, episode: A.hgpo(returns, state, valid)
+    plains = dict(hgpo=lambda returns, state, _: plain_hgpo(returns, state), gigpo=plain_gigpo)
+    for name, function in (("hgpo", steps_hgpo), ("gigpo", whole_gigpo)):
         program = measure.compiled(jax.vmap(function), *given)
         fast = np.asarray(program.run(*given))
-        times = [clock(lambda: [plain(r, s) for r, s in zip(returns, state)]) for _ in range(3)]
+        times = [clock(lambda: [plains[name](*one) for one in zip(returns, state, episode)]) for _ in range(3)]
         apart = check_agreement(name, fast, np.stack(times[0][1]))
         spent = min(seconds for seconds, _ in times)
         seconds = measure.alternate({name: functools.partial(program.run, *given)}, 4 * sizes["repeats"])[name].median
