@@ -36,8 +36,8 @@ def random_trees(count: int, rows: int, slots: int, seed: int = 0) -> T.Tree:
     birth, end = np.zeros((2, count, slots), np.int64)
     for k in range(slots):
         mother = rng.integers(0, max(k, 1), count)
-        start = birth[every, mother] + 1 + rng.integers(0, np.maximum(end[every, mother] - birth[every, mother], 1))
-        birth[:, k] = 0 if k < 4 else np.minimum(start, rows - 1)
+        room = end[every, mother] - birth[every, mother]  # a child starts above its mother's end, or beside her
+        birth[:, k] = 0 if k < 4 else birth[every, mother] + rng.integers(np.minimum(room, 1), room + 1)
         end[:, k] = rng.integers(birth[:, k], rows)
         own = row >= birth[:, k, None]
         path[:, k] = np.where(own, k, path[every, mother])
