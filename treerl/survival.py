@@ -186,8 +186,7 @@ def arrol(key, q, due, *, kappa, rho, lam=0.5, p_min=0.1, p_max=0.9, least: int 
       (keep [B, K] bool, p [B, K] float32); p is a line's chance before `least` and `capacity`.
     """
     _check(q, due, least, capacity)
-    tilt = lam * (rho - jnp.where(due, q, rho))
-    return _draw(key, _level(tilt, due, kappa, p_min, p_max), due, least, capacity)
+    return _draw(key, _level(lam * (rho - q), due, kappa, p_min, p_max), due, least, capacity)
 
 
 def arrol_group(key, q, due, *, kappa, rho, lam=2.0, p_min=0.1, p_max=0.9, least: int = 2, capacity: int | None = None):
@@ -216,7 +215,7 @@ def arrol_group(key, q, due, *, kappa, rho, lam=2.0, p_min=0.1, p_max=0.9, least
     mean, spread = (f(q, due, axis=-1)[:, None] for f in (masked.mean, masked.std))
     variance = jnp.square(spread)
     slope = jnp.where(variance > 0, kappa * (mean - rho) / jnp.where(variance > 0, variance, 1), 0.0)
-    tilt = -jnp.clip(slope, -lam, lam) * (jnp.where(due, q, mean) - mean)
+    tilt = -jnp.clip(slope, -lam, lam) * (q - mean)
     p = jax.vmap(lambda tilt, due: _level(tilt, due, kappa, p_min, p_max))(tilt, due)
     return _draw(key, p, due, least, capacity)
 
@@ -250,7 +249,7 @@ def balance(key, q, due, *, kappa, rho, least: int = 2, capacity: int | None = N
 
         return jax.lax.fori_loop(0, q.shape[0], remove, due)
 
-    return jax.vmap(one)(jnp.where(due, q, 0.0), due, count[:, 0]) | ~due, p
+    return jax.vmap(one)(q, due, count[:, 0]) | ~due, p
 
 
 def random(key, q, due, *, kappa, rho, least: int = 2, capacity: int | None = None):
