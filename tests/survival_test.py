@@ -389,7 +389,8 @@ def test_one_removal_of_balance_is_the_best_and_many_need_not_be():
 def test_changed_numbers_compile_nothing():
     q, due = groups(15)
     for rule in V.RULES.values():
-        bounds = (dict(lam=1.0, p_min=0.1, p_max=0.9), dict(lam=3.0, p_min=0.2, p_max=1.0)) if rule in DRAWN else ({}, {})
+        bounds = dict(lam=1.0, p_min=0.1, p_max=0.9), dict(lam=3.0, p_min=0.2, p_max=1.0)
+        bounds = bounds if rule in DRAWN else ({}, {})
         apply(rule, q, due, **bounds[0])
         size = compiled(rule, least=2, capacity=None)._cache_size()
         apply(rule, q, due, kappa=0.7, rho=0.2, key=jax.random.key(3), **bounds[1])
