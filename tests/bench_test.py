@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from treerl import tree as T
-from treerl.bench import SUITES, devices, estimators, learner, measure, sampler, synthetic
+from treerl.bench import SUITES, devices, estimators, learner, measure, pruning, sampler, synthetic
 from treerl.models.presets import PRESETS
 
 TINY = dict(PRESETS["tiny"], layers=1, width=16, heads=2, kv_heads=1, head_dim=8, hidden=16)
@@ -24,6 +24,7 @@ TOY = {
     "estimators": dict(
         trees=8, slots=8, rows=16, part=2, chunk=4, groups=2, trajectories=4, steps=6, states=3, repeats=1
     ),
+    "pruning": dict(groups=2000, slots=16, kappa=0.5, rho=0.5, concentration=6.0, seed=0, repeats=1),
     "devices": dict(steps=1, prompts=4, slots=4),
 }  # fmt: skip
 FIELDS = {"suite", "name", "value", "unit", "shapes", "device"}
@@ -79,6 +80,26 @@ def test_random_trees_of_the_estimators_suite_are_trees():
         T.check(tree)
         forks += int(np.sum(T.forks(tree)[1]))
     assert forks > 20
+
+
+def test_rules_that_follow_the_group_leave_more_contrast_than_chance_on_every_mix():
+    """And the paper's formula as transcribed does not: it stops the right answers of hard prompts."""
+    rows = named("pruning")
+    of = lambda mix, rule, what="": rows[f"{mix}_{rule}{what}"]["value"]
+    for mix in pruning.MIXES:
+        for rule in ("arrol_group", "balance"):
+            assert of(mix, rule) > of(mix, "random") + 0.005  # four standard errors of a mean of 2,000
+            assert of(mix, rule, ".dead") < of(mix, "random", ".dead") - 0.01
+        assert of(mix, "all", ".kept") == 1 and of(mix, "random", ".kept") == of(mix, "balance", ".kept") == 0.5
+        assert all(abs(of(mix, rule, ".kept") - 0.5) < 0.02 for rule in pruning.RULES)
+    assert of("hard", "arrol_lam_2") < of("hard", "arrol") < of("hard", "random") - 0.005
+    assert of("balanced", "all") == pytest.approx(15 / 96, abs=0.006)  # 15 / 16 of E[x (1 - x)], x uniform
+
+
+def test_contrast_counts_groups_of_one_kind():
+    right = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1]], bool)
+    keep = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
+    assert pruning.contrast(right, keep) == dict(variance=(1 / 4 + 3 / 16) / 4, dead=1 / 2, kept=10 / 16)
 
 
 def test_an_estimator_unlike_its_plain_implementation_raises(monkeypatch):
@@ -156,7 +177,7 @@ def launch(module, *flags):
 def test_unknown_suite_is_one_sentence():
     result = launch("bench", "--suite=nothing")
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.strip() == "--suite=nothing is unknown; the suites are sampler, learner, step, estimators, devices."
+    assert result.stderr.strip() == "--suite=nothing is unknown; the suites are sampler, learner, step, estimators, pruning, devices."
 
 
 def test_evaluating_no_run_is_one_sentence(tmp_path):

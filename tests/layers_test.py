@@ -14,7 +14,7 @@ ROWS = [
     {"errors"},
     {"types", "masked", "config", "sharding", "tokenizers"},
     {"tree", "attention", "optimizer", "checkpoint", "tasks", "workdir"},
-    {"models", "prompts", "branching", "pruning"},
+    {"models", "prompts", "branching", "pruning", "survival"},
     {"sampler", "rewards", "advantages", "packing", "losses", "metrics", "events", "profiling", "draw", "report"},
     {"functions", "learner", "evaluate"},
     {"step"},
