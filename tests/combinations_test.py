@@ -62,7 +62,7 @@ COMBINATIONS = {
     "reference": dict(
         advantage__name="hgpo", advantage__options=ConfigDict({"segment": 2}),
         advantage__multipliers=ConfigDict({"ace": {"alpha": 0.1}, "gdro": {}}),
-        learner__objective="cispo", learner__kl=0.01, learner__kl_estimate="k2", learner__forced="mask",
+        pruning__backward="coverage", learner__objective="cispo", learner__kl=0.01, learner__kl_estimate="k2", learner__forced="mask",
     ),
 }  # fmt: skip
 
@@ -78,6 +78,15 @@ def test_combinations_run(name):
         assert 1 / 32 <= metrics["ess"] < 0.999  # top-p makes the sampler another policy
     if name == "reference":
         assert metrics["kl"] > 0 and np.any(after.memory["gdro"]["seen"]) and moved(before.replace(params=after.reference), before) == 0
+
+
+@pytest.mark.parametrize("rule, options", [("width", dict(mode="extreme", ratio=0.5)), ("depth", dict(start=1))])
+def test_thinning_trains_on_a_part_of_the_same_trees(rule, options):
+    fns, knobs, state, prompts = made(pruning__backward=rule, pruning__backward_options=ConfigDict(options))
+    thin, metrics = run(fns, knobs, state, prompts, steps=1)
+    whole, wanted = run(fns._replace(thinning=None), knobs, state, prompts, steps=1)
+    assert metrics["reward"] == wanted["reward"] and moved(thin, whole) > 1e-6
+    assert 0 < metrics["bins"] <= wanted["bins"]
 
 
 def test_an_overlong_buffer_changes_what_is_trained_on_and_not_what_is_reported():

@@ -167,7 +167,7 @@ def test_every_field_was_thought_of():
     elsewhere = {  # see `test_runs_that_can_never_start` and countdown_test
         "advantage.name", "advantage.options", "advantage.multipliers", "branching.rule", "learner.aggregation",
         "learner.forced", "learner.importance", "learner.kl_estimate", "learner.objective", "learner.proximal",
-        "optimizer.ess", "optimizer.schedule", "pruning.rule", "mesh.data", "mesh.fsdp", "mesh.tensor",
+        "optimizer.ess", "optimizer.schedule", "pruning.backward", "pruning.backward_options", "pruning.rule", "mesh.data", "mesh.fsdp", "mesh.tensor",
     }  # fmt: skip
     known = {name for name, _ in C.fields(default()) if not name.startswith("task.")}
     assert len(ruled) == len(set(ruled))
@@ -234,6 +234,11 @@ def small(data, **changes):
     (dict(optimizer__ess="sqrt", branching__greedy=True), 1,
      "optimizer.ess weighs tokens by the log-probs they were sampled with, and branching.greedy=True takes "
      "tokens without sampling; set branching.greedy=False, or weigh nothing."),
+    (dict(pruning__backward="magic"), 1, "pruning.backward='magic' is unknown; known are coverage, depth, none, width."),
+    (dict(pruning__backward="width", pruning__backward_options=C.ConfigDict(dict(mode="top"))), 1,
+     "pruning.backward_options.mode='top' is unknown; known are extreme, parent_top1."),
+    (dict(pruning__backward_options=C.ConfigDict(dict(ratio=0.5))), 1,
+     "pruning.backward_options are given without a rule; set pruning.backward, or no options."),
     (dict(learner__overlong_buffer=17), 1,
      "learner.overlong_buffer=17 is longer than sampler.answer_length=16; shorten it."),
     (dict(optimizer__ess="cubic"), 1, "optimizer.ess='cubic' is unknown; known are linear, none, sqrt."),

@@ -15,7 +15,7 @@ ROWS = [
     {"types", "masked", "config", "sharding", "tokenizers"},
     {"tree", "attention", "optimizer", "checkpoint", "tasks", "workdir"},
     {"models", "prompts", "branching", "pruning", "survival"},
-    {"sampler", "rewards", "advantages", "packing", "losses", "metrics", "events", "profiling", "draw", "report"},
+    {"sampler", "rewards", "advantages", "thinning", "packing", "losses", "metrics", "events", "profiling", "draw", "report"},
     {"functions", "learner", "evaluate"},
     {"step"},
     {"experiment"},

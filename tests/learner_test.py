@@ -50,7 +50,7 @@ def fns(bin_tokens=ROWS + WIDTH, bins_per_step=2, **changes):
         objective=lambda knobs: lambda logp, bins: losses.ppo(
             logp, bins, clip_low=knobs["clip_low"], clip_high=knobs["clip_high"]
         ),
-        kl=None, reference=False, overlong=0, proximal="sampler", forced="policy", importance="none",
+        kl=None, thinning=None, trims=False, reference=False, overlong=0, proximal="sampler", forced="policy", importance="none",
         aggregation="token",
     )  # fmt: skip
 
@@ -438,3 +438,31 @@ def test_unknown_names_are_refused():
 
 def bare_task():
     return tasks.Task(tokenizer=tasks.CharTokenizer("ab"), train=[], heldout=[], encode=None, grade=None)
+
+
+def test_what_has_no_credit_need_not_be_packed(params):
+    """Trimmed trees are trees, hold every cell with credit, and give the same loss and gradient."""
+    tree, prompts, credit, weight = batch(11, fork=0.7)
+    positive, negative, whole = spread(tree, credit, weight)
+    some = jax.random.bernoulli(jax.random.key(3), 0.25, whole.shape)
+    cells = jnp.where(some, positive, 0), jnp.where(some, negative, 0), whole
+    used = (cells[0] != 0) | (cells[1] != 0)
+    trimmed = jax.jit(jax.vmap(packing.trim))(tree, used)
+    for b in range(TREES):
+        one = jax.tree.map(lambda x: np.array(x[b]), trimmed)
+        one.end[tuple(one.leaf[one.leaf[:, 0] >= 0].T)] = T.FINISHED
+        T.check(one)
+    kept, before = (np.asarray(jax.vmap(T.kept)(t)) for t in (trimmed, tree))
+    assert np.all(kept[np.asarray(used)]) and kept.sum() < 0.9 * before.sum()
+    ends = np.asarray(trimmed.leaf)[np.asarray(trimmed.leaf)[..., 0] >= 0]
+    assert len(ends) and all(np.asarray(used)[b][tuple(cell)] for b in range(TREES) for cell in np.asarray(trimmed.leaf[b]) if cell[0] >= 0)
+    total = jnp.sum(whole)
+
+    def run(tree):
+        f = fns(bin_tokens=24)
+        bins = learner.pack(f, tree, prompts, cells, jnp.any(used, axis=(1, 2)))
+        knobs = dict(temperature=jnp.float32(1), clip_low=0.2, clip_high=0.2)
+        grads, (loss, _, _) = learner.gradient(f, learner.policy_objective(f, knobs), params, bins, total)
+        return loss, grads
+
+    assert_close(jax.jit(run)(trimmed), jax.jit(run)(tree))

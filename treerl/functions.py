@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from treerl import branching, losses, packing, pruning, sharding
+from treerl import branching, losses, packing, pruning, sharding, thinning
 from treerl.advantages import ESTIMATORS, MULTIPLIERS, WHITENED, Advantage, compose, leaf_estimators
 from treerl.config import fits
 from treerl.errors import UserError
@@ -52,7 +52,9 @@ class Fns(NamedTuple):
     pruning: Callable  # (knobs) -> Pruning
     grader: Callable  # (tokens [S], length [], data) -> [] float32
     advantage: Advantage  # estimator, whitening and multipliers
+    thinning: Callable | None  # (tree, reward [L], credit, step) -> cells trained on [S, K]
     objective: Callable  # (knobs) -> function of `losses`
+    trims: bool  # cells without credit need not be packed
     kl: Callable | None  # a function of losses.KL
     reference: bool  # the state keeps a reference policy
     overlong: int  # tokens before the last row in which length is punished
@@ -169,6 +171,14 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
     objective = known(l.objective, losses.OBJECTIVES, "learner.objective")
     bounds = ("clip_low", "clip_high") + (("dual_clip",) if l.objective == "ppo" else ())
     kl = known(l.kl_estimate, losses.KL, "learner.kl_estimate")
+    backward = None
+    if p.backward != "none":
+        rule = known(p.backward, dict(thinning.RULES, none=None), "pruning.backward")
+        rule = bind(rule, p.backward_options, "pruning.backward_options", f"pruning.backward={p.backward}")
+        sliding = p.backward == "depth"
+        backward = lambda tree, reward, credit, step: rule(tree, reward, credit, *([step] if sliding else []))
+    elif len(p.backward_options):
+        raise UserError("pruning.backward_options are given without a rule; set pruning.backward, or no options.")
     fns = Fns(
         sizes=Sizes(
             slots=s.slots, rows=s.answer_length, budget=s.answer_length + (b.fill_after + 1 if forks else 0),
@@ -182,6 +192,8 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
         pruning=known(p.rule, prunings, "pruning.rule"),
         grader=task.grade,
         advantage=advantage,
+        thinning=backward,
+        trims=l.objective != "gspo" and not l.kl > 0,
         objective=lambda knobs: functools.partial(objective, **{k: knobs[k] for k in bounds}),
         kl=kl if l.kl > 0 else None,
         reference=l.reference or l.kl > 0,

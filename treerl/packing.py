@@ -48,6 +48,25 @@ def bin_bound(trees: int, leaves: int, longest: int, size: int) -> int:
     return min(trees * leaves, 2 * -(-trees * leaves * longest // size) + 1)
 
 
+def trim(tree: T.Tree, used: jax.Array) -> T.Tree:
+    """One tree with only those paths, and only as far, as lead to cells that are used [S, K]; the rest need not be packed.
+
+    Cells keep their places; a path that ends early ends in a leaf there.
+    """
+    row, valid = jnp.arange(tree.token.shape[0]), T.leaf_valid(tree)
+    on = (T.along(tree, used.astype(jnp.int32)) > 0) & valid[:, None]
+    need = jnp.max(jnp.where(on, row, T.NONE), axis=1)  # last row that the leaf's path is wanted to
+    leaf = jnp.arange(need.size)
+    prior = (need > need[:, None]) | ((need == need[:, None]) & (leaf < leaf[:, None]))
+    covered = jnp.any((T.shared_rows(tree) > need[:, None]) & prior, axis=1)  # another path goes through its last cell
+    keep = (need >= 0) & ~covered
+    column = jnp.take_along_axis(tree.leaf_path, jnp.maximum(need, 0)[:, None], axis=1)
+    return tree.replace(
+        leaf=jnp.where(keep[:, None], jnp.concatenate([need[:, None], column], axis=1), T.NONE),
+        leaf_path=jnp.where(keep[:, None] & (row <= need[:, None]), tree.leaf_path, T.NONE),
+    )
+
+
 def unpack(values: jax.Array, bins: Bins, like: jax.Array) -> jax.Array:
     """Numbers of tokens [N, C] back in their cells: like `like` [B, S, K], 0 in cells that no bin owns."""
     owned = bins.weight > 0  # repeated context would write a cell twice

@@ -5,7 +5,7 @@
     1. sample    grow a tree for every prompt                       `rollout`
     2. grade     a reward for every leaf                            `grade`
     3. estimate  credit from rewards and the shape of the tree      `estimate`
-    4. weigh     what a token counts: aggregation, forced tokens, importance    `weigh`
+    4. weigh     what a token counts: aggregation, forced tokens, importance    `weigh`, `thin`
     5. learn     pack the trees, each token once, and update        `learn`
 
 All of it is one program that XLA compiles and shards. `fns` are the functions that a config
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from treerl import branching, pruning, rewards, sampler, sharding
+from treerl import branching, packing, pruning, rewards, sampler, sharding
 from treerl import tree as T
 from treerl.functions import Fns, Sizes, make_fns, make_knobs
 from treerl.learner import (
@@ -193,6 +193,14 @@ def weigh(fns: Fns, tree: T.Tree, credit, leaf_weight, knobs) -> tuple[Cells, ja
     return Cells(positive * factor, negative * factor, weight), denominator
 
 
+def thin(fns: Fns, tree: T.Tree, reward: jax.Array, credit, cells: Cells, step) -> Cells:
+    """Drops the credit of cells of one tree that the backward pass skips; the denominator stays that of the whole tree."""
+    if fns.thinning is None:
+        return cells
+    trained = fns.thinning(tree, reward, credit, step)
+    return cells._replace(positive=jnp.where(trained, cells.positive, 0), negative=jnp.where(trained, cells.negative, 0))
+
+
 # --- learn ---------------------------------------------------------------------------------
 
 
@@ -225,8 +233,10 @@ def learn(
       cells: of [B, S, K]. denominator: [] what the loss is divided by.
       reference: [B, S, K] log-probs of the reference policy, for the KL. ess: see `update`.
     """
-    has_gradient = jnp.any((cells.positive != 0) | (cells.negative != 0), axis=(1, 2))
-    include = has_gradient | (fns.kl is not None)  # a tree without credit has nothing but its KL
+    credited = (cells.positive != 0) | (cells.negative != 0)
+    include = jnp.any(credited, axis=(1, 2)) | (fns.kl is not None)  # a tree without credit has nothing but its KL
+    if fns.trims:
+        tree = jax.vmap(packing.trim)(tree, credited)
     bins = pack(fns, tree, prompts, cells, include, reference)
     objective = policy_objective(fns, knobs)
 
@@ -262,6 +272,7 @@ def train_step(fns: Fns, state: TrainState, prompts: Prompts, knobs: dict) -> tu
         tree = tree.replace(logp_policy=cell_logps(fns, state.params, tree, prompts, knobs["temperature"]))
     credit, leaf_weight, memory, extras = estimate(fns, state, tree, prompts, shaped, knobs)  # 3
     cells, denominators = jax.vmap(lambda *tree: weigh(fns, *tree, knobs))(tree, credit, leaf_weight)  # 4
+    cells = jax.vmap(lambda *tree: thin(fns, *tree, state.step))(tree, shaped, credit, cells)
     ess = effective_share(extras["importance"], jax.vmap(T.leaf_valid)(tree))
     reference = extras.get("reference_logp")
     state, metrics = learn(
