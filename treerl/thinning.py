@@ -168,8 +168,9 @@ def coverage(
       - `keep` bounds the number of leaves; there, only the objective does: keep = 1.0;
       - share_cost = 0 costs nothing; the code turns it into a bonus of 1e-4. A leaf that changes nothing stays;
       - at depth d the paper judges live lines; here, the leaves of a tree.
-    Terms are rounded to 2^-24 and sums are exact, so no choice depends on an order of addition. Ties: the greatest sum of ranks
-    by score (more and better leaves), equal scores ranking by the first leaf; then the path found first.
+    Terms are rounded to 2^-24 and sums are exact, so no choice depends on an order of addition. Ties: the
+    greatest sum of ranks by score (more and better leaves), equal scores ranking by the first leaf; then the
+    path found first.
 
     Args:
       tree: one tree. score: [L] float32.
