@@ -68,7 +68,7 @@ def width(
     rank = _rank(reward, valid)
     if mode == "extreme":
         n = jnp.sum(valid)
-        # a product that is a whole number must not fall below it by rounding: 0.7 * 20 / 2
+        # a product that is a whole number falls below it in float32: 0.53 * 200 / 2
         b = jnp.maximum(1, jnp.floor(ratio * n / 2 + 1e-4).astype(jnp.int32))
         return below(tree, valid & ((rank < b) | (rank >= n - b)))
 
@@ -178,7 +178,8 @@ def coverage(
 
     The paper solves an integer program. Clusters that are nodes need none: with the leaves of X in depth-first
     order, leaf j shares most with the one before it, i, so it adds length_j - shared_ij cells, and a cluster
-    unless i is in it. The objective is a sum over neighbours, a longest path: O(keep L^2), no approximation.
+    unless i is in it. The objective is a sum over neighbours, so the best set is a longest path: O(L^3), and
+    optimal but for rounding. On one CPU core: 0.8 ms for 64 leaves, 34 ms for 256.
 
     What differs from the paper's program and its released code:
       - a cell (token) costs, not a node (a reasoning step of any length), and the prompt costs nothing;
@@ -189,8 +190,9 @@ def coverage(
       - `keep` bounds the number of leaves; there, only the objective does: keep = 1.0;
       - share_cost = 0 costs nothing; the code turns it into a bonus of 1e-4. A leaf that changes nothing stays;
       - at depth d the paper judges live lines; here, the leaves of a tree.
-    Sums are exact, in units of 2^-24, so a choice depends on no order of addition. Ties: the greatest sum of ranks
-    by score (more and better leaves), equal scores ranking by the first leaf; then the path found first.
+    Terms are rounded to 2^-24 and sums are exact, so no choice depends on an order of addition. Ties: the
+    greatest sum of ranks by score (more and better leaves), equal scores ranking by the first leaf; then the
+    path found first.
 
     Args:
       tree: one tree. score: [L] float32.
