@@ -4,7 +4,7 @@ import re
 
 from absl import flags
 
-from treerl.config import default, fields, unknown
+from treerl.config import OPTIONS, default, fields, unknown
 from treerl.errors import UserError
 
 
@@ -32,9 +32,9 @@ def parse(argv: list[str]) -> list[str]:
 def _check_field(name: str) -> None:
     """Raises UserError for the name of no field and no section."""
     known = dict(fields(default()))
-    if name.startswith("advantage.options."):
-        option = name.rpartition(".")[2]
-        whole = f"--config.advantage.options=\"{{'{option}': VALUE}}\""
+    if section := next((s for s in OPTIONS if name.startswith(s + ".")), None):
+        option = name[len(section) + 1 :].partition(".")[0]
+        whole = f"--config.{section}=\"{{'{option}': VALUE}}\""
         raise UserError(f"--config.{name} cannot be set alone; write {whole}.")
     if name not in known and not any(field.startswith(name + ".") for field in known):
         raise unknown(name, known)

@@ -70,6 +70,8 @@ def launch(entry: str, *flags: str) -> subprocess.CompletedProcess:
     ("", ["--config.sampler.slots", "2.5"], "sampler.slots=2.5 is no int; set one such as 8."),
     ("", ["--config.learner.remat=maybe"], "learner.remat=maybe is no bool; set one such as False."),
     ("", ["--config.pruning.windows=(4,6"], "pruning.windows=(4,6 is no tuple; set one such as (4, 6)."),
+    ("", ["--config.advantage.multipliers.ace.alpha=3"],
+     "--config.advantage.multipliers.ace.alpha cannot be set alone; write --config.advantage.multipliers=\"{'ace': VALUE}\"."),
     ("", ["--config.advantage.options.clip=3"],
      "--config.advantage.options.clip cannot be set alone; write --config.advantage.options=\"{'clip': VALUE}\"."),
     (":slots=3", [], "config argument 'slots' is unknown; known are seed, variant."),
