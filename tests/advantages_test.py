@@ -239,6 +239,8 @@ def test_median_of_binary_rewards_has_no_deviation():
     credit, weight = A.mc_grpo(star(3), reward, floor=0.0)
     np.testing.assert_allclose(credit, [1000, 0, 0], rtol=1e-5)
     np.testing.assert_array_equal(weight, [1, 0, 1])
+    scaled, _ = A.mc_grpo(star(3), reward, floor=0.0, rescale=True)
+    np.testing.assert_allclose(scaled, [3000, 0, 0], rtol=1e-5)
     credit, _ = A.mc_grpo(star(3), reward)
     assert credit[0] == pytest.approx(4, rel=1e-2)  # the floor keeps it in bounds
     shifted, _ = A.mc_grpo(star(5), jnp.array([0.0, 1, 2, 3, 100]) + 7)
