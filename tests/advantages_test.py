@@ -149,6 +149,8 @@ def test_gdro_scores_bins_and_weighs_hard_prompts_more():
     weight, memory = gdro(trees, reward, A._gdro.start())
     np.testing.assert_allclose(memory["score"], [1, 0.5, 0])
     np.testing.assert_allclose(weight, np.exp(0.65 * np.array([0, 0.5, 1])), rtol=1e-6)
+    _, moved = gdro(trees, reward.at[1, 0].set(0.5), memory, correct=0.4)  # the middle bin's loss is now 0.625
+    np.testing.assert_allclose(moved["score"], [1, 0.88 * 0.5 + 0.12 * 0.625, 0], rtol=1e-6)
     for _ in range(60):  # a fixed point of the moving average; a bin that is not seen stays
         weight, memory = gdro(trees.replace(leaf=trees.leaf.at[2].set(-1)), reward[:, ::-1] * 0.5, memory, correct=0.4)
     np.testing.assert_allclose(memory["score"], [1, 0.75, 0.5], atol=1e-3)

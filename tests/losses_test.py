@@ -10,7 +10,7 @@ import oracles
 import pytest
 from learner_test import MODEL, ROWS, SLOTS, TREES, WIDTH, assert_close, fns, params  # noqa: F401 (fixtures)
 
-from treerl import learner, losses, rewards, step
+from treerl import learner, losses, packing, rewards, step
 from treerl import tree as T
 from treerl.advantages import compose, dr_grpo
 from treerl.optimizer import scale_by_ess
@@ -152,6 +152,15 @@ def test_log_probs_come_back_to_their_cells(params):  # noqa: F811
             want = np.asarray(logp[row])[np.asarray(real[row, 1:]) > 0]
             np.testing.assert_allclose([got[b][c] for c in cells], want, atol=1e-5)
         assert not np.any(np.asarray(got)[~np.asarray(jax.vmap(T.kept)(tree))])
+
+
+def test_repeated_context_writes_no_cell(params):  # noqa: F811
+    tree, prompts, _, _ = base.batch(7, fork=0.8)
+    ones = jax.vmap(T.kept)(tree).astype(jnp.float32)
+    bins = jax.tree.map(lambda x: x[0], base.lay_out(tree, prompts, (ones, ones, ones)))
+    repeated = (bins.cell >= 0) & (bins.weight == 0)
+    assert int(jnp.sum(repeated)) > 5
+    np.testing.assert_array_equal(packing.unpack(jnp.where(repeated, 99.0, 1.0), bins, ones), ones)
 
 
 def test_gradient_norms_are_those_of_each_rollout(params):  # noqa: F811
