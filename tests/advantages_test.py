@@ -381,6 +381,25 @@ def test_multipliers_apply_in_order_and_to_cells_as_means():
         A.compose(branch_depthwise, None, names)
 
 
+@pytest.mark.parametrize("name, options", [("ace", {}), ("novelty", {}), ("gdro", {})])
+def test_multipliers_read_rewards_as_graded(name, options):
+    """A right answer whose length was punished is right."""
+    tree = star(3).replace(logp_policy=-jnp.array([[1.0, 1, 3]] * 2))
+    batch, graded, shaped = jax.tree.map(lambda x: x[None], tree), jnp.array([[1.0, 0, 1]]), jnp.array([[0.6, 0, 0.45]])
+    made = A.compose(A.dr_grpo, None, {name: functools.partial(A.MULTIPLIERS[name], **options)})
+    given = dict(reference_logp=batch.logp_policy - 0.5)
+    base = jax.vmap(A.dr_grpo)(batch, shaped)
+    factor = np.asarray(made.credit(batch, shaped, given, made.memory, graded)[0] / base)[0]
+    other = np.asarray(made.credit(batch, shaped, given, made.memory)[0] / base)[0]
+    if name == "ace":
+        assert factor[2] == 1 and other[2] > 1
+    if name == "novelty":
+        assert factor[2] > 1.1 and other[2] == 1  # unlikely and right
+    if name == "gdro":
+        np.testing.assert_allclose(factor, np.exp(0.65 / 3), rtol=1e-5)
+        assert np.all(other > factor)
+
+
 def test_composition_says_what_it_needs():
     made = A.compose(A.minimum_variance, None, dict(ace=A.ace, gdro=A.gdro))
     assert made.needs == ("gradient_norm", "importance", "reference_logp") and made.leaf

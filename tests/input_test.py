@@ -241,6 +241,29 @@ def small(data, **changes):
      "pruning.backward_options.mode='top' is unknown; known are extreme, parent_top1."),
     (dict(pruning__backward_options=C.ConfigDict(dict(ratio=0.5))), 1,
      "pruning.backward_options are given without a rule; set pruning.backward, or no options."),
+    (dict(learner__objective="gspo", advantage__name="grpo", pruning__backward="depth"), 1,
+     "learner.objective=gspo trains whole rollouts and pruning.backward=depth leaves out parts of them; set "
+     "pruning.backward to none, width or coverage, or learner.objective=ppo or cispo."),
+    (dict(learner__objective="cispo", learner__dual_clip=3.0), 1,
+     "learner.dual_clip=3.0 is read by learner.objective=ppo alone, not cispo; set it to 0."),
+    (dict(learner__forced="mask", branching__greedy=True), 1,
+     "learner.forced=mask leaves out forced tokens, and with branching.greedy=True all tokens of a tree line are; "
+     "set branching.greedy=False or learner.forced=policy."),
+    (dict(learner__importance="truncate"), 1,
+     "learner.importance compares the policy with the sampler, and with learner.proximal=sampler and sampler.top_p=1.0 "
+     "they are the same; set learner.proximal=learner or sampler.top_p below 1, or weigh nothing."),
+    (dict(optimizer__ess="sqrt"), 1,
+     "optimizer.ess compares the policy with the sampler, and with learner.proximal=sampler and sampler.top_p=1.0 "
+     "they are the same; set learner.proximal=learner or sampler.top_p below 1, or weigh nothing."),
+    (dict(advantage__name="tree_grpo", advantage__options=C.ConfigDict(dict(inter=False, intra=False))), 1,
+     "advantage.name=tree_grpo: inter=False and intra=False leave no credit; set one of them to True."),
+    (dict(advantage__multipliers=C.ConfigDict(dict(gdro=dict(edges=(0.8, 0.2))))), 1,
+     "advantage.name=branch_depthwise: gdro: edges=(0.8, 0.2) must be accuracies that ascend, such as (0.4, 0.75)."),
+    (dict(pruning__backward="depth", pruning__backward_options=C.ConfigDict(dict(interval=0))), 1,
+     "pruning.backward_options of pruning.backward=depth: interval=0 never moves the window; set it to 1 or more."),
+    (dict(pruning__backward="coverage", pruning__backward_options=C.ConfigDict(dict(share_cost=1000.0))), 1,
+     "pruning.backward_options of pruning.backward=coverage: keep and temperature must be above 0, share_cost and "
+     "cover_gain from 0 to 100 together."),
     (dict(learner__overlong_buffer=17), 1,
      "learner.overlong_buffer=17 is longer than sampler.answer_length=16; shorten it."),
     (dict(optimizer__ess="cubic"), 1, "optimizer.ess='cubic' is unknown; known are linear, none, sqrt."),

@@ -216,6 +216,19 @@ def test_values_and_gradients_of_the_kl_estimates():
         np.testing.assert_array_equal(estimate(p, p), 0)
 
 
+def test_a_bound_of_zero_keeps_the_gradient_at_ratio_one():
+    for credit in (1.0, -1.0):
+        parts = jnp.maximum(credit, 0), jnp.minimum(credit, 0)
+        slope = jax.grad(lambda x: losses.clipped(x, 0.0, *parts, clip_low=0.0, clip_high=0.0)[0])(0.0)
+        assert slope == -credit
+
+
+def test_k3_of_a_far_reference_stays_finite():
+    for logp in (-100.0, 0.0):
+        value, slope = jax.value_and_grad(losses.kl_k3)(logp, -100.0 - logp)
+        assert np.isfinite(value) and np.isfinite(slope) and value > 19
+
+
 def test_overlong_answers_are_punished_softly():
     """A longest answer of 100 and a buffer of 20: 90 tokens cost a half."""
     parent = np.where(np.arange(100)[:, None] > 0, np.arange(4), -1)

@@ -71,7 +71,7 @@ def default() -> ConfigDict:
             rule="similarity",  # none, similarity
             windows=(4, 6),  # compare a child with its parent after so many tokens
             tau_ed=0.3,  # prune below this edit distance a token
-            backward="none",  # train on a part of the graded tree: none, width, depth, coverage; see treerl.thinning
+            backward="none",  # give credit to a part of the graded tree: none, width, depth, coverage; see treerl.thinning
             backward_options=ConfigDict(),  # keyword arguments of that rule: "{'mode': 'extreme', 'ratio': 0.5}"
         ),
         convert_dict=False,

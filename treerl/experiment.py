@@ -130,7 +130,7 @@ def grow(fns: S.Fns, state, prompts, key, step, knobs) -> Grown:
     """Grows, grades and estimates the trees of a batch of prompts; traceable."""
     tree, stats = S.rollout(fns, state.params, prompts, key, step, knobs)
     reward, shaped = S.grade(fns, tree, prompts)
-    credit, *_ = S.estimate(fns, state, tree, prompts, shaped, knobs)
+    credit, *_ = S.estimate(fns, state, tree, prompts, shaped, knobs, reward)
     if credit.ndim == 2:
         credit = jax.vmap(lambda t, x: T.up(t, x) / jnp.maximum(T.leaf_count(t), 1))(tree, credit)
     return Grown(tree, reward, credit, stats.forks, stats.pruned)

@@ -8,11 +8,13 @@ import inspect
 import typing
 from typing import Callable, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 from treerl import branching, losses, packing, pruning, sharding, thinning
+from treerl import tree as T
 from treerl.advantages import ESTIMATORS, MULTIPLIERS, WHITENED, Advantage, compose, leaf_estimators
 from treerl.config import fits
 from treerl.errors import UserError
@@ -119,6 +121,15 @@ def check_combinations(config, advantage: Advantage) -> None:
             "learner.objective=gspo has one ratio a rollout, without weights of tokens; set learner.forced=policy and "
             "learner.importance=none, or learner.objective=ppo or cispo."
         )
+    if l.objective == "gspo" and config.pruning.backward == "depth":
+        raise UserError(
+            "learner.objective=gspo trains whole rollouts and pruning.backward=depth leaves out parts of them; set "
+            "pruning.backward to none, width or coverage, or learner.objective=ppo or cispo."
+        )
+    if l.dual_clip and l.objective != "ppo":
+        raise UserError(
+            f"learner.dual_clip={l.dual_clip!r} is read by learner.objective=ppo alone, not {l.objective}; set it to 0."
+        )
     if "reference_logp" in advantage.needs and not (l.reference or l.kl > 0):
         raise UserError(
             "advantage.multipliers: ace compares the policy with a reference policy and none is kept; set "
@@ -130,6 +141,17 @@ def check_combinations(config, advantage: Advantage) -> None:
         raise UserError(
             f"{names[wants.index(True)]} weighs tokens by the log-probs they were sampled with, and "
             "branching.greedy=True takes tokens without sampling; set branching.greedy=False, or weigh nothing."
+        )
+    if config.branching.greedy and config.branching.rule != "stochastic" and l.forced == "mask":
+        raise UserError(
+            "learner.forced=mask leaves out forced tokens, and with branching.greedy=True all tokens of a tree line are; "
+            "set branching.greedy=False or learner.forced=policy."
+        )
+    used = [name for name, is_used in zip(names, wants) if is_used and name in ("learner.importance", "optimizer.ess")]
+    if used and l.proximal == "sampler" and config.sampler.top_p == 1:
+        raise UserError(
+            f"{used[0]} compares the policy with the sampler, and with learner.proximal=sampler and sampler.top_p=1.0 they "
+            "are the same; set learner.proximal=learner or sampler.top_p below 1, or weigh nothing."
         )
 
 
@@ -176,6 +198,11 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
         rule = known(p.backward, dict(thinning.RULES, none=None), "pruning.backward")
         rule = bind(rule, p.backward_options, "pruning.backward_options", f"pruning.backward={p.backward}")
         sliding = p.backward == "depth"
+        example = T.from_parents([[-1, -1], [0, 1]], [[1, 1], [1, 1]], [[1, 0], [1, 1]])
+        try:
+            jax.eval_shape(lambda: rule(example, jnp.ones(2), jnp.ones(2), *([jnp.int32(0)] if sliding else [])))
+        except ValueError as error:
+            raise UserError(f"pruning.backward_options of pruning.backward={p.backward}: {error}") from error
         backward = lambda tree, reward, credit, step: rule(tree, reward, credit, *([step] if sliding else []))
     elif len(p.backward_options):
         raise UserError("pruning.backward_options are given without a rule; set pruning.backward, or no options.")

@@ -15,7 +15,7 @@ class Loss(NamedTuple):
 
     sum: jax.Array  # of the loss
     weight: jax.Array  # of the tokens
-    clipped: jax.Array  # weight of the tokens whose ratio is out of bounds on the side of their credit
+    clipped: jax.Array  # weight of the tokens whose ratio is out of bounds, in ppo and gspo on the side of their credit
 
 
 def clipped(logp, old, positive, negative, *, clip_low, clip_high, dual_clip=jnp.inf) -> tuple[jax.Array, jax.Array]:
@@ -33,8 +33,9 @@ def clipped(logp, old, positive, negative, *, clip_low, clip_high, dual_clip=jnp
       (loss [...], to be summed and divided by the batch's weight; clipped [...] bool).
     """
     ratio = jnp.exp(jnp.clip(logp - old, -20, 20))
-    punished = jnp.minimum(jnp.maximum(ratio, 1 - clip_low), dual_clip)
-    gain = positive * jnp.minimum(ratio, 1 + clip_high) + negative * punished
+    # `where`, for the gradient at a ratio of exactly the bound: min and max would halve it there
+    punished = jnp.where(ratio < 1 - clip_low, 1 - clip_low, jnp.where(ratio > dual_clip, dual_clip, ratio))
+    gain = positive * jnp.where(ratio > 1 + clip_high, 1 + clip_high, ratio) + negative * punished
     above, below = (positive > 0) & (ratio > 1 + clip_high), (negative < 0) & (ratio < 1 - clip_low)
     return -gain, above | below | ((negative < 0) & (ratio > dual_clip))
 
@@ -104,8 +105,11 @@ def kl_k2(logp, reference) -> jax.Array:
 
 
 def kl_k3(logp, reference) -> jax.Array:
-    """exp(-d) - 1 + d: unbiased, never negative, of less variance than d; its gradient is the reverse KL's (GRPO)."""
-    d = reference - logp
+    """exp(-d) - 1 + d: unbiased, never negative, of less variance than d; its gradient is the reverse KL's (GRPO).
+
+    |d| counts as 20 at most (as in verl, which also bounds the value), so that one token cannot make a loss infinite.
+    """
+    d = jnp.clip(reference - logp, -20, 20)
     return jnp.exp(d) - d - 1
 
 

@@ -120,11 +120,11 @@ def evaluate_step(fns: Fns, params, prompts: Prompts, key, knobs, *, samples: in
 # --- credit --------------------------------------------------------------------------------
 
 
-def estimate(fns: Fns, state: TrainState, tree: T.Tree, prompts: Prompts, reward: jax.Array, knobs):
+def estimate(fns: Fns, state: TrainState, tree: T.Tree, prompts: Prompts, reward: jax.Array, knobs, graded=None):
     """Credit of batched trees, and what the estimator and the losses read beside them.
 
     Args:
-      reward: [B, L], as trained on.
+      reward: [B, L], as trained on. graded: [B, L], before length was punished; what is right and wrong is read there.
 
     Returns:
       (credit [B, L] or [B, S, K], leaf_weight [B, L], memory, extras: name -> [B, ...]).
@@ -136,7 +136,7 @@ def estimate(fns: Fns, state: TrainState, tree: T.Tree, prompts: Prompts, reward
     if "gradient_norm" in needs:
         extras["gradient_norm"] = gradient_norms(fns, state.params, tree, prompts, temperature)
     extras["importance"] = jax.vmap(leaf_importance)(tree)
-    credit, leaf_weight, memory = fns.advantage.credit(tree, reward, extras, state.memory)
+    credit, leaf_weight, memory = fns.advantage.credit(tree, reward, extras, state.memory, graded)
     return credit, leaf_weight, memory, extras
 
 
@@ -270,7 +270,7 @@ def train_step(fns: Fns, state: TrainState, prompts: Prompts, knobs: dict) -> tu
     reward, shaped = grade(fns, tree, prompts)  # 2
     if fns.proximal == "learner":  # decoupled PPO: ratios start from the learner's own log-probs
         tree = tree.replace(logp_policy=cell_logps(fns, state.params, tree, prompts, knobs["temperature"]))
-    credit, leaf_weight, memory, extras = estimate(fns, state, tree, prompts, shaped, knobs)  # 3
+    credit, leaf_weight, memory, extras = estimate(fns, state, tree, prompts, shaped, knobs, reward)  # 3
     cells, denominators = jax.vmap(lambda *tree: weigh(fns, *tree, knobs))(tree, credit, leaf_weight)  # 4
     cells = jax.vmap(lambda *tree: thin(fns, *tree, state.step))(tree, shaped, credit, cells)
     ess = effective_share(extras["importance"], jax.vmap(T.leaf_valid)(tree))

@@ -127,6 +127,8 @@ def window(step: jax.Array, *, start: int, length: int, interval: int, stop: int
     """
     if direction not in ("up", "down"):
         raise ValueError(f'window: direction is {direction!r}; use "up" or "down".')
+    if isinstance(interval, int) and interval < 1:
+        raise ValueError(f"interval={interval} never moves the window; set it to 1 or more.")
     way = start - stop if direction == "up" else stop - (start + length - 1)
     moves = jnp.minimum(jnp.asarray(step) // interval, jnp.maximum(0, way))
     return jnp.int32(start - moves if direction == "up" else start + moves)
@@ -147,6 +149,8 @@ def covering(
 ) -> jax.Array:  # fmt: skip
     """Trains on the paths of the leaves that `coverage` chooses by their rewards."""
     _require(tree, reward, credit)
+    if not (keep > 0 and temperature > 0 and min(share_cost, cover_gain) >= 0 and share_cost + cover_gain <= 100):
+        raise ValueError("keep and temperature must be above 0, share_cost and cover_gain from 0 to 100 together.")
     options = dict(keep=keep, share_cost=share_cost, cover_gain=cover_gain, temperature=temperature, level=level)
     return below(tree, coverage(tree, reward, **options))
 

@@ -34,7 +34,8 @@ MULTIPLIERS = {"novelty": novelty, "ear": ear, "ace": ace, "gdro": gdro}  # in t
 class Advantage(NamedTuple):
     """An estimator with what follows it, on batched trees."""
 
-    credit: Callable  # (tree, reward [B, L], extras {name: [B, ...]}, memory) -> (credit, leaf_weight, memory)
+    credit: Callable  # (tree, reward [B, L], extras {name: [B, ...]}, memory, graded) -> (credit, leaf_weight, memory);
+    #                   multipliers read the rewards as graded [B, L], by default the same
     needs: tuple[str, ...]  # names of extras
     leaf: bool  # credit is [B, L], else [B, S, K]; leaf_weight is [B, L] float32
     memory: dict  # what it remembers, at the start of a run
@@ -82,17 +83,18 @@ def compose(estimator: Callable, whitening: Callable | None = None, multipliers:
     factors = {name: multipliers[name] for name in MULTIPLIERS if name in multipliers}
     needs = {name for f in (estimator, *factors.values()) for name in extras(f)}
 
-    def credit(tree, reward, given, memory):
+    def credit(tree, reward, given, memory, graded=None):
+        graded = reward if graded is None else graded
         result, weight = jax.vmap(one)(tree, reward, given)
         if whitening:
             result = whitening(tree, result)
         for name, multiplier in factors.items():
             if name == "gdro":
-                factor, after = multiplier(tree, reward, memory["gdro"])
+                factor, after = multiplier(tree, graded, memory["gdro"])
                 memory = dict(memory, gdro=after)
             else:
                 arguments = [given[n] for n in extras(multiplier)]
-                factor = jax.vmap(multiplier)(tree, reward, result if leaf else jnp.zeros_like(reward), *arguments)
+                factor = jax.vmap(multiplier)(tree, graded, result if leaf else jnp.zeros_like(reward), *arguments)
                 if not leaf:  # the mean of the leaves below a cell
                     along = jnp.broadcast_to(factor[..., None], tree.leaf_path.shape)
                     factor = jax.vmap(T.mean_below)(tree, along)

@@ -34,11 +34,11 @@ def branch_depthwise(
 
     What differs from flat GRPO: credit belongs to cells, each counted once however many leaves
     share it; and it is compared among nodes of equal depth. A tree that forks only at the prompt
-    is flat GRPO.
+    is flat GRPO, unless `clip` binds (it cannot for fewer than 27 leaves). eps is GRPO's 1e-6; the released code has 1e-8.
 
     Where paper and released code disagree, or are silent for text, the default is:
-      - beta = 0, the mean over all leaves below (the code's default). Leaves are samples, so it is
-        unbiased; beta = 1 (the paper's better setting for images) counts the policy twice, and
+      - beta = 0, the mean over all leaves below (the code's default). Leaves that are samples make it
+        unbiased (children of a lookahead fork start with a forced token and are not); beta = 1 (the paper's better setting for images) counts the policy twice, and
         sums of token log-probs make it an argmax: set `per_token`;
       - fusion = leaf is eq. 3. child is the released code's: a softmax of beta * log p(child | n)
         among the children of each node, from the leaves upwards. They agree for one level of forks;

@@ -8,6 +8,8 @@ from treerl import tree as T
 
 def start(edges: tuple[float, ...] = (0.4, 0.75)) -> dict:
     """Memory of `gdro`: a score a bin, and whether it was ever seen."""
+    if not all(isinstance(e, (int, float)) for e in edges) or any(a >= b for a, b in zip(edges, edges[1:])):
+        raise ValueError(f"gdro: edges={edges!r} must be accuracies that ascend, such as (0.4, 0.75).")
     bins = len(edges) + 1
     return dict(score=jnp.zeros((bins,), jnp.float32), seen=jnp.zeros((bins,), bool))
 
@@ -25,7 +27,8 @@ def gdro(
     What differs from the paper:
       - the bin is the accuracy of the tree's own leaves (the paper: of the prompt's last visits, with
         hysteresis), so nothing is remembered per prompt;
-      - the loss is 1 - mean reward: the paper's clipped objective is zero at ratio 1 for centred credit.
+      - the loss is 1 - mean reward: the paper's clipped objective is zero at ratio 1 for centred credit. For rewards
+        from 0 to 1 a weight is then at most exp(rate), and neither `clip` nor `limit` binds at its default.
     The released code multiplies by the mixture q_b = (1 - mix) w_b / sum of w + mix / bins over the bins of the
     batch, which sums to 1: `limit` never binds and the step shrinks with the number of bins (`mixture=True`).
 

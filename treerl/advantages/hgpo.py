@@ -205,7 +205,7 @@ def hgpo_tree(
 ) -> jax.Array:
     """Compares segments of text that follow the same text, by HGPO: `hgpo` of `segments`.
 
-    HGPO, arXiv 2602.22817, carried from environment steps to text. The leaves of the tree are the
+    HGPO, arXiv 2602.22817, carried from environment steps to text (gamma is 1 here, 0.95 there). The leaves of the tree are the
     group; every row of a leaf's path has the credit of its step, and a cell the mean over the
     leaves below it. What differs from flat GRPO: credit belongs to cells; with segment >= S there
     is one step, and this is GRPO with the population standard deviation. A tree whose rewards are
@@ -235,7 +235,8 @@ def gigpo_tree(
 
     GiGPO, arXiv 2505.10978, carried from environment steps to text, with A_E over step rows as the
     released code: a longer leaf weighs more. Cells as in `hgpo_tree`. What differs from flat GRPO:
-    the step term; step_weight=0 with segment >= S is GRPO.
+    the step term; step_weight=0 with segment >= S and std=True is GRPO. gamma is 1 here and 0.95 in the paper, whose
+    steps are turns.
 
     Args:
       tree: one tree. reward: [L] float32. segment, gamma: see `segments`. Others: see `gigpo`.

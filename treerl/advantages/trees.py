@@ -121,6 +121,8 @@ def tree_grpo(
       Leaf credit, float32 [L], 0 where there is no leaf.
     """
     chex.assert_equal_shape([reward, tree.leaf[:, 0]])
+    if not (inter or intra):
+        raise ValueError("inter=False and intra=False leave no credit; set one of them to True.")
     valid = T.leaf_valid(tree)
     everyone = valid[:, None] & valid
     total = jnp.zeros_like(reward)
