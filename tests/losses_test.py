@@ -226,7 +226,7 @@ def test_a_bound_of_zero_keeps_the_gradient_at_ratio_one():
 def test_k3_of_a_far_reference_stays_finite():
     for logp in (-100.0, 0.0):
         value, slope = jax.value_and_grad(losses.kl_k3)(logp, -100.0 - logp)
-        assert np.isfinite(value) and np.isfinite(slope) and value > 19
+        assert np.isfinite(value) and np.isfinite(slope) and value >= 19
 
 
 def test_overlong_answers_are_punished_softly():
