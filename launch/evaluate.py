@@ -21,7 +21,7 @@ def main():
     from treerl.experiment import load  # after the flags: a wrong one must not cost the import of jax
 
     experiment, state, step = load(_WORKDIR.value, best=_BEST.value)
-    print(json.dumps(dict(step=step, **experiment.evaluate(state.params))))
+    print(json.dumps(dict(step=step, **experiment.evaluate(state))))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ ROWS = [
     {"errors"},
     {"types", "masked", "config", "sharding", "tokenizers"},
     {"tree", "attention", "optimizer", "checkpoint", "tasks", "workdir"},
-    {"models", "prompts", "branching", "pruning", "survival"},
+    {"models", "prompts", "branching", "pruning", "survival", "compaction", "nucleus"},
     {"sampler", "rewards", "advantages", "thinning", "packing", "losses", "metrics", "events", "profiling", "draw", "report"},
     {"functions", "learner", "evaluate"},
     {"step"},

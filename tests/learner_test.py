@@ -139,9 +139,10 @@ def lay_out(tree, prompts, credit, **sizes):
 
 
 def assert_close(got, want, rtol=1e-5):
-    """Relative to the largest entry of each array."""
+    """Relative to the largest entry of each array; a loss, whose terms of about 1 nearly cancel, to at least 0.02."""
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(1e-3, float(np.max(np.abs(b)))))
+        floor = 1e-3 if np.ndim(b) else 0.02
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(floor, float(np.max(np.abs(b)))))
 
 
 DEEP = {"fork": 0.9, "end": 0.02, "prune": 0.02, "roots": 1}
@@ -278,7 +279,7 @@ def test_cached_decoding_equals_the_full_forward(params, rule):
             make_policy(MODEL, params, slots=slots, rows=rows), *rules[rule], prompts, key, slots=slots, rows=rows,
             budget=3 * rows, segment=2, lengths=(4, rows), temperature=jnp.float32(0.9), top_p=jnp.float32(1),
             eos=jnp.array([1]),
-        )  # fmt: skip
+        )[:2]  # fmt: skip
 
     compared = restarts = 0
     for seed in range(3):
@@ -339,7 +340,7 @@ def test_bin_bound_is_never_exceeded():
 def fresh(params, optimizer, reference=None):
     return TrainState(
         params=params, opt_state=optimizer.init(params), reference=reference, step=jnp.int32(0),
-        memory={}, key=jnp.zeros(2, jnp.uint32), position=jnp.int32(0), skipped=jnp.int32(0),
+        memory={}, quality=None, key=jnp.zeros(2, jnp.uint32), position=jnp.int32(0), skipped=jnp.int32(0),
     )  # fmt: skip
 
 

@@ -70,10 +70,10 @@ def test_report_draws_the_metrics_that_exist(tmp_path):
     page = write(tmp_path / "new" / "report.html", history=history, warmup=warmup)
     training, warm = drawn(page)
     assert training == [
-        ("reward", ["reward"]), ("pass@k on held-out examples", ["pass@4"]), ("entropy, nats", ["entropy"]),
+        ("reward", ["reward"]), ("pass@k and votes on held-out examples", ["pass@4"]), ("entropy, nats", ["entropy"]),
         ("other", ["unknown", "my_entropy"]),
     ]  # fmt: skip
-    assert warm == [("pass@k on held-out examples", ["pass@1"]), ("loss", ["loss"])]
+    assert warm == [("pass@k and votes on held-out examples", ["pass@1"]), ("loss", ["loss"])]
 
 
 def test_every_metric_of_a_step_is_drawn_once_and_no_group_is_for_none(tmp_path):

@@ -67,8 +67,7 @@ def plain_draw(uniform, p, due, least, capacity):
     rest = sorted((k for k in mine if k not in keep), key=lambda k: (-p[k], uniform[k]))
     keep += rest[: max(0, least - len(keep))]
     if capacity is not None:
-        room = max(0, capacity - (len(p) - len(mine)))
-        keep = sorted(keep, key=lambda k: -uniform[k] / p[k])[:room]
+        keep = sorted(keep, key=lambda k: -uniform[k] / p[k])[:capacity]
     return sorted(keep + [k for k in range(len(p)) if not due[k]])
 
 
@@ -260,11 +259,13 @@ def test_least_capacity_and_lines_not_due_are_respected(rule):
     keep, _ = apply(rule, q, due, kappa=0.1, least=3)
     assert np.all(keep[~due])
     assert np.all((keep & due).sum(1) >= np.minimum(3, due.sum(1)))
-    keep, _ = apply(rule, q, due, kappa=0.9, capacity=5)
-    assert np.all(keep[~due])
-    assert np.all(keep.sum(1) <= np.maximum(5, (~due).sum(1))) and np.any(keep.sum(1) == 5)
-    with pytest.raises(ValueError, match="capacity=1 is below least=2"):
-        rule(KEY, jnp.float32(q), jnp.asarray(due), kappa=0.5, rho=0.5, capacity=1)
+    for capacity in (4, 1):  # 1 is below least, and wins
+        keep, _ = apply(rule, q, due, kappa=0.9, capacity=capacity)
+        assert np.all(keep[~due])
+        assert np.all((keep & due).sum(1) <= capacity) and np.any((keep & due).sum(1) == capacity)
+    each = np.arange(200) % 5
+    keep, _ = rule(KEY, jnp.float32(q), jnp.asarray(due), kappa=0.9, rho=0.5, capacity=jnp.asarray(each))
+    assert np.all((keep & due).sum(1) <= each) and np.any((keep & due).sum(1) == each)
 
 
 @drawn
@@ -316,6 +317,11 @@ def test_draws_depend_on_the_place_alone(rule):
         again, _ = apply(rule, q, due, least=0, key=jax.random.key(8), **knobs)
         assert np.any(again != keep)
         assert len({tuple(x) for x in keep.tolist()}) > 6  # groups draw apart
+        keys = jax.vmap(lambda b: jax.random.fold_in(KEY, b))(jnp.arange(12))
+        order = np.random.default_rng(0).permutation(12)
+        run = functools.partial(rule, kappa=0.5, rho=0.5, least=0, **knobs)
+        moved, _ = run(keys[order], jnp.float32(q)[order], jnp.asarray(due)[order])
+        np.testing.assert_array_equal(moved, keep[order])  # a group's own key goes with it
 
 
 @drawn

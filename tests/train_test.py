@@ -196,7 +196,7 @@ def test_event_files_tell_the_same_story(runs):
     """After a kill and a resume too: TensorBoard sees each step once."""
     for name in ("killed", "whole"):
         workdir = runs["folder"] / name
-        tag = lambda key: ("eval/" if key.startswith("pass@") else "train/") + key
+        tag = lambda key: ("eval/" if "@" in key else "train/") + key
         lines = metrics.read(workdir / "metrics.jsonl")
         wanted = {line.pop("step"): {tag(key): np.float32(x) for key, x in line.items()} for line in lines}
         found = scalars(workdir / "tensorboard")
@@ -206,7 +206,7 @@ def test_event_files_tell_the_same_story(runs):
         curve = scalars(workdir / "tensorboard" / "warm_start")
         assert list(curve) == [40, 80]
         for line in curve.values():
-            assert set(line) == {"warm_start/loss", "warm_start/pass@1", "warm_start/pass@2", "warm_start/pass@3"}
+            assert set(line) == {f"warm_start/{name}" for name in ("loss", "pass@1", "pass@2", "pass@3", "majority@3")}
 
 
 def test_the_profile_holds_the_steps_asked_for(runs):
@@ -275,7 +275,7 @@ def test_report(runs):
     training, warm = drawn(page)
     names = {name for line in story(runs["folder"] / "killed") for name in line}
     assert sorted(name for _, panel in training for name in panel) == sorted(names - {"step"} | {"seconds"})
-    assert sorted(name for _, panel in warm for name in panel) == ["loss", "pass@1", "pass@2", "pass@3"]
+    assert sorted(name for _, panel in warm for name in panel) == ["loss", "majority@3", "pass@1", "pass@2", "pass@3"]
 
 
 def test_only_what_the_design_names_is_written(runs):

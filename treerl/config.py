@@ -68,13 +68,31 @@ def default() -> ConfigDict:
     )
     config.pruning = ConfigDict(
         dict(
-            rule="similarity",  # none, similarity
-            windows=(4, 6),  # compare a child with its parent after so many tokens
-            tau_ed=0.3,  # prune below this edit distance a token
+            rule="similarity",  # none, similarity, or survival at the detection length: arrol, arrol_group, balance, random
+            windows=(4, 6),  # similarity: compare a child with its parent after so many tokens
+            tau_ed=0.3,  # similarity: prune below this edit distance a token
+            detection=8,  # survival rules: tokens after which lines are scored and the survivors chosen
+            kappa=0.5,  # share of the lines of that length that survive; 1: all
+            rho=0.5,  # share of right answers wanted among survivors
+            options=ConfigDict(),  # keyword arguments of the survival rule: "{'lam': 1.0, 'p_min': 0.2, 'least': 1}"
+            columns=0,  # lines of a tree that run on at most, in a smaller pool; 0: kappa x slots, rounded up
+            refork=False,  # fill that room with new lines that continue survivors
+            warmup_steps=20,  # steps in which the quality head learns and nothing is pruned
+            weights="none",  # of survivors: none (they count alike), inverse (to their chance of surviving)
             backward="none",  # give credit to a part of the graded tree: none, width, depth, coverage; see treerl.thinning
             backward_options=ConfigDict(),  # keyword arguments of that rule: "{'mode': 'extreme', 'ratio': 0.5}"
         ),
         convert_dict=False,
+    )
+    config.quality = ConfigDict(  # the head that survival rules read; see treerl.models.quality, treerl.survival
+        dict(
+            inner=64,  # units of its hidden layer
+            learning_rate=1e-3,  # of its own Adam
+            epochs=4,  # updates a step
+            bins=128,  # of the table from scores to the chance of a right answer
+            smoothing=1.0,  # counts added to each bin
+            decay=0.95,  # of the counts, each step
+        )
     )
     config.advantage = ConfigDict(
         dict(
@@ -145,7 +163,7 @@ def default() -> ConfigDict:
     return config
 
 
-OPTIONS = ("advantage.options", "advantage.multipliers", "pruning.backward_options")  # checked where the functions that take them are known
+OPTIONS = ("advantage.options", "advantage.multipliers", "pruning.options", "pruning.backward_options")  # checked where the functions that take them are known
 
 
 def fields(config, prefix: str = ""):
@@ -177,15 +195,18 @@ RULES = (
         sampler.prompts sampler.slots sampler.prompt_length sampler.answer_length sampler.segment
         branching.max_children learner.bin_tokens learner.bins_per_step learner.epochs learner.vocab_chunk
         warm_start.examples warm_start.batch warm_start.patience warm_start.eval_every
-        evaluation.every evaluation.examples evaluation.samples evaluation.batch"""),
+        evaluation.every evaluation.examples evaluation.samples evaluation.batch
+        pruning.detection quality.inner quality.epochs quality.bins"""),
     ("0 or more", lambda x: x >= 0, """
         seed steps branching.tau_abs branching.tau_rel branching.fill_after pruning.tau_ed
+        pruning.columns pruning.warmup_steps quality.learning_rate quality.smoothing
         learner.clip_low learner.clip_high learner.kl learner.max_skipped learner.overlong_buffer
         optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay
         warm_start.steps warm_start.learning_rate"""),
     ("a number above 0", lambda x: x > 0, """
         model.rope_theta sampler.temperature optimizer.clip_norm learner.importance_cap"""),
-    ("a number above 0, at most 1", lambda x: 0 < x <= 1, "sampler.top_p optimizer.ess_base"),
+    ("a number above 0, at most 1", lambda x: 0 < x <= 1, "sampler.top_p optimizer.ess_base pruning.kappa quality.decay"),
+    ("a number from 0 to 1", lambda x: 0 <= x <= 1, "pruning.rho"),
     ("0, or a number above 1", lambda x: x == 0 or x > 1, "learner.dual_clip"),
     ("a number from 0 to below 1", lambda x: 0 <= x < 1, "optimizer.b1 optimizer.b2"),
     ("float32, bfloat16 or float16", ("float32", "bfloat16", "float16").__contains__, "model.dtype model.param_dtype"),

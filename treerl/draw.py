@@ -7,12 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from treerl.tree import CUT, FINISHED, FORCED, PRUNED, RUNNING, SIMILAR, TRUNCATED
+from treerl.tree import CUT, DROPPED, FINISHED, FORCED, PRUNED, RUNNING, SIMILAR, TRUNCATED
 
 CORRECT = 0.5  # rewards from here on are shown as right answers
 TEXT_LIMIT = 100  # characters of one node; the middle of a longer text is left out
 WIDTH_LIMIT = 1600  # pixels; in a wider tree chains of tokens become one box each
-ENDS = {RUNNING: "running", FINISHED: "finished", TRUNCATED: "truncated", CUT: "cut", SIMILAR: "pruned: similar"}
+ENDS = {
+    RUNNING: "running", FINISHED: "finished", TRUNCATED: "truncated", CUT: "cut", SIMILAR: "pruned: similar",
+    DROPPED: "pruned: dropped at detection",
+}  # fmt: skip
 
 
 def format_tree(tree, tokens_to_text, *, reward, advantage) -> str:

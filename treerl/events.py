@@ -83,4 +83,4 @@ class EventFile:
 
 def grouped(values: dict) -> dict:
     """Tags for TensorBoard's sections: what held-out examples measure is eval/, the rest train/."""
-    return {f"{'eval' if name.startswith('pass@') else 'train'}/{name}": x for name, x in values.items()}
+    return {f"{'eval' if '@' in name else 'train'}/{name}": x for name, x in values.items()}

@@ -15,7 +15,7 @@ from treerl import tree as T
 from treerl.checkpoint import Checkpoints, abstract
 from treerl.config import check
 from treerl.errors import UserError
-from treerl.evaluate import pass_at_k
+from treerl.evaluate import majority_vote, pass_at_k, weighted_vote
 from treerl.workdir import read_config
 
 
@@ -51,7 +51,7 @@ class Experiment:
         )
         self._evaluate = jax.jit(
             functools.partial(S.evaluate_step, self.fns, samples=config.evaluation.samples),
-            in_shardings=(self.shardings.params, trees, whole, whole),
+            in_shardings=(self.shardings.params, self.shardings.quality, trees, whole, whole),
             out_shardings=whole,
         )
         self._grow = jax.jit(functools.partial(grow, self.fns))
@@ -80,13 +80,24 @@ class Experiment:
         """The state as ShapeDtypeStructs with shardings, to restore into."""
         return abstract(jax.eval_shape(lambda: S.init_state(self.fns, 0)), self.shardings)
 
-    def evaluate(self, params, seed: int = 0) -> dict:
-        """Unbiased pass@k on held-out examples for k = 1, 2, 4, ... up to the samples drawn."""
+    def evaluate(self, state, seed: int = 0) -> dict:
+        """Scores on held-out examples, from n samples of each.
+
+        Returns:
+          pass@k, unbiased, for k = 1, 2, 4, ... up to n; majority@n, the share of examples whose most frequent answer
+          is right; with a quality head weighted@n, where samples vote by the rank of their scores.
+        """
         key, n = jax.random.key(seed), self.config.evaluation.samples
-        graded = [self._evaluate(params, batch, key, self.knobs) for batch in self._heldout]
-        correct = np.concatenate([np.sum(np.asarray(r) > 0.5, axis=1) for r in graded])
+        graded = [self._evaluate(state.params, state.quality, batch, key, self.knobs) for batch in self._heldout]
+        found = {name: np.concatenate([x[name] for x in jax.device_get(graded)]) for name in graded[0]}
+        right = found["reward"] > 0.5
         powers = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
-        return {f"pass@{k}": pass_at_k(correct, n, k) for k in powers}
+        scores = {f"pass@{k}": pass_at_k(right.sum(axis=1), n, k) for k in powers}
+        elected = lambda winner: float(np.mean((winner >= 0) & right[np.arange(len(right)), winner]))
+        scores[f"majority@{n}"] = elected(majority_vote(found["answer"], found["valid"]))
+        if "score" in found:
+            scores[f"weighted@{n}"] = elected(weighted_vote(found["answer"], found["score"], found["valid"]))
+        return scores
 
     def grow(self, state, examples: list[dict], *, step: int, seed: int = 0) -> Grown:
         """Grows and grades a tree for each example by the run's own rules, as they are at `step`.
@@ -128,9 +139,9 @@ class Experiment:
 
 def grow(fns: S.Fns, state, prompts, key, step, knobs) -> Grown:
     """Grows, grades and estimates the trees of a batch of prompts; traceable."""
-    tree, stats = S.rollout(fns, state.params, prompts, key, step, knobs)
+    tree, stats, _ = S.rollout(fns, state.params, prompts, key, step, knobs, quality=state.quality)
     reward, shaped = S.grade(fns, tree, prompts)
-    credit, *_ = S.estimate(fns, state, tree, prompts, shaped, knobs, reward)
+    credit, *_ = S.estimate(fns, state, tree, prompts, shaped, knobs, graded=reward)
     if credit.ndim == 2:
         credit = jax.vmap(lambda t, x: T.up(t, x) / jnp.maximum(T.leaf_count(t), 1))(tree, credit)
     return Grown(tree, reward, credit, stats.forks, stats.pruned)

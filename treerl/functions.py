@@ -5,6 +5,7 @@ take plain arguments. What a name may choose stands in one table here or where i
 """
 import functools
 import inspect
+import math
 import typing
 from typing import Callable, NamedTuple
 
@@ -13,11 +14,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from treerl import branching, losses, packing, pruning, sharding, thinning
+from treerl import branching, losses, packing, pruning, sharding, survival, thinning
 from treerl import tree as T
-from treerl.advantages import ESTIMATORS, MULTIPLIERS, WHITENED, Advantage, compose, leaf_estimators
+from treerl.advantages import ESTIMATORS, MULTIPLIERS, WHITENED, Advantage, compose, extras, leaf_estimators
 from treerl.config import fits
 from treerl.errors import UserError
+from treerl.models.quality import QualityHead
 from treerl.models.transformer import Model, TransformerConfig
 from treerl.optimizer import make_optimizer
 from treerl.tasks import Task
@@ -26,6 +28,7 @@ AGGREGATIONS = ("token", "sequence", "constant")
 FORCED = ("policy", "mask", "importance")
 IMPORTANCE = ("none", "truncate", "mask")
 PROXIMAL = ("sampler", "learner")
+WEIGHTS = ("none", "inverse")
 
 
 class Sizes(NamedTuple):
@@ -41,6 +44,18 @@ class Sizes(NamedTuple):
     epochs: int
     vocab_chunk: int
     remat: bool
+    review_at: int = 0  # iterations before the pruning rule's review
+    columns: int | None = None  # lines of a tree that run on after it
+
+
+class Quality(NamedTuple):
+    """The head that survival rules read, and how it learns."""
+
+    head: QualityHead
+    optimizer: optax.GradientTransformation
+    epochs: int
+    bins: int
+    inverse: bool  # survivors weigh the inverse of their chance
 
 
 class Fns(NamedTuple):
@@ -51,7 +66,8 @@ class Fns(NamedTuple):
     optimizer: optax.GradientTransformationExtraArgs
     mesh: Mesh
     branching: Callable  # (knobs, step) -> Branching
-    pruning: Callable  # (knobs) -> Pruning
+    pruning: Callable  # (knobs, step, state of the quality head) -> Pruning
+    quality: Quality | None
     grader: Callable  # (tokens [S], length [], data) -> [] float32
     advantage: Advantage  # estimator, whitening and multipliers
     thinning: Callable | None  # (tree, reward [L], credit, step) -> cells trained on [S, K]
@@ -76,7 +92,8 @@ def known(name: str, table, field: str):
 def bind(function: Callable, options, field: str, chosen: str) -> Callable:
     """A function with options, its keyword-only arguments, checked against the types of their defaults."""
     hints = typing.get_type_hints(function)
-    keywords = {k: p.default for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    parameters = inspect.signature(function).parameters.items()
+    keywords = {k: p.default for k, p in parameters if p.kind is p.KEYWORD_ONLY and k not in ("kappa", "rho", "capacity")}
     for option, value in options.items():
         if option not in keywords:
             names = ", ".join(sorted(keywords)) or "none"
@@ -147,12 +164,67 @@ def check_combinations(config, advantage: Advantage) -> None:
             "learner.forced=mask leaves out forced tokens, and with branching.greedy=True all tokens of a tree line are; "
             "set branching.greedy=False or learner.forced=policy."
         )
+    if config.pruning.weights == "inverse" and "survival" not in advantage.needs:
+        takers = ", ".join(sorted(name for name, estimator in ESTIMATORS.items() if "survival" in extras(estimator)))
+        raise UserError(
+            f"pruning.weights=inverse needs an estimator that weighs leaves, and advantage.name={name} does not; use one of "
+            f"{takers}, or pruning.weights=none."
+        )
     used = [name for name, is_used in zip(names, wants) if is_used and name in ("learner.importance", "optimizer.ess")]
     if used and l.proximal == "sampler" and config.sampler.top_p == 1:
         raise UserError(
             f"{used[0]} compares the policy with the sampler, and with learner.proximal=sampler and sampler.top_p=1.0 they "
             "are the same; set learner.proximal=learner or sampler.top_p below 1, or weigh nothing."
         )
+
+
+def make_quality(config, late: int, width: int) -> tuple[Quality | None, int, int | None]:
+    """The quality head, iterations before the review and columns after it; (None, 0, None) without a survival rule.
+
+    Args:
+      late: iterations by which a line may start after the first. width: D of the policy.
+    """
+    p, s, q = config.pruning, config.sampler, config.quality
+    known(p.weights, WEIGHTS, "pruning.weights")
+    if p.rule not in survival.RULES:
+        if len(p.options) or p.refork or p.weights != "none":
+            raise UserError(
+                f"pruning.options, refork and weights are read by survival rules, not by pruning.rule={p.rule}; "
+                f"set it to one of {', '.join(survival.RULES)}, or leave them at their defaults."
+            )
+        return None, 0, None
+    bounds = {k: x.default for k, x in inspect.signature(survival.RULES[p.rule]).parameters.items()} | dict(p.options)
+    review_at, segment = p.detection + late, s.segment
+    if -(-review_at // segment) * segment >= s.answer_length + late or p.detection >= s.answer_length:
+        raise UserError(
+            f"pruning.detection={p.detection} must come before the end of an answer, sampler.answer_length={s.answer_length}, "
+            f"also when rounded up to whole segments of sampler.segment={segment}; lower it."
+        )
+    if "p_min" in bounds:
+        low, high = bounds["p_min"], bounds["p_max"]
+        if not 0 <= low <= high <= 1:
+            raise UserError(f"pruning.options: p_min={low!r} and p_max={high!r} must be chances, p_min the lower; mend either.")
+        if not low <= p.kappa <= high:
+            raise UserError(
+                f"pruning.kappa={p.kappa!r} lies outside p_min={low!r} to p_max={high!r} of pruning.options, so no "
+                "chances can have that mean; change either."
+            )
+    asked = math.ceil(p.kappa * s.slots - 1e-6)
+    columns = p.columns or asked
+    if not asked <= columns <= s.slots:
+        raise UserError(
+            f"pruning.columns={p.columns} must hold the survivors, pruning.kappa x sampler.slots = {asked}, and be at "
+            f"most sampler.slots={s.slots}; change it, or set 0 for as many as survive."
+        )
+    if bounds["least"] > columns:
+        raise UserError(
+            f"pruning.options: least={bounds['least']} is more than the {columns} lines that may run on; lower it, or raise "
+            "pruning.columns."
+        )
+    if p.weights == "inverse" and p.rule == "balance":
+        raise UserError("pruning.weights=inverse needs chances of surviving and pruning.rule=balance draws none; use another.")
+    quality = Quality(QualityHead(width, q.inner), optax.adam(q.learning_rate), q.epochs, q.bins, p.weights == "inverse")
+    return quality, review_at, columns
 
 
 def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
@@ -173,11 +245,28 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
             f"pruning.windows={windows} must be lengths from 1 to sampler.answer_length={s.answer_length}; "
             "shorten them, or set pruning.rule=none."
         )
-    prunings = {
-        "none": lambda knobs: pruning.none(),
-        "similarity": lambda knobs: pruning.similarity(windows=windows, tau_ed=knobs["tau_ed"]),
-    }
     forks = b.rule != "stochastic"
+    budget = s.answer_length + (b.fill_after + 1 if forks else 0)
+    model = Model(TransformerConfig(vocab=task.tokenizer.vocab_size, **config.model))
+    quality, review_at, columns = make_quality(config, budget - s.answer_length, model.config.width)
+
+    def survive(choose):
+        def rule(knobs, step, quality_state):
+            def judge(hidden):
+                score = quality.head.score(quality_state["params"], hidden)
+                return score, survival.posterior(quality_state["table"], score, smoothing=knobs["smoothing"])
+
+            return pruning.survival(
+                judge, functools.partial(choose, kappa=knobs["kappa"], rho=knobs["rho"]), detection=knobs["detection"],
+                columns=columns, rho=knobs["rho"], warm=step < knobs["pruning_from"], refork=p.refork,
+            )  # fmt: skip
+
+        return rule
+
+    prunings = {
+        "none": lambda knobs, *_: pruning.none(),
+        "similarity": lambda knobs, *_: pruning.similarity(windows=windows, tau_ed=knobs["tau_ed"]),
+    } | {name: survive(bind(rule, p.options, "pruning.options", name)) for name, rule in survival.RULES.items() if name == p.rule}
     if s.prompts % sharding.tree_shards(mesh):
         shards = sharding.tree_shards(mesh)
         raise UserError(
@@ -208,15 +297,15 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
         raise UserError("pruning.backward_options are given without a rule; set pruning.backward, or no options.")
     fns = Fns(
         sizes=Sizes(
-            slots=s.slots, rows=s.answer_length, budget=s.answer_length + (b.fill_after + 1 if forks else 0),
-            segment=s.segment, lengths=tuple(s.lengths) + (s.answer_length,), bin_tokens=l.bin_tokens,
+            slots=s.slots, rows=s.answer_length, budget=budget, review_at=review_at, columns=columns, segment=s.segment, lengths=tuple(s.lengths) + (s.answer_length,), bin_tokens=l.bin_tokens,
             bins_per_step=l.bins_per_step, epochs=l.epochs, vocab_chunk=l.vocab_chunk, remat=l.remat,
         ),
-        model=Model(TransformerConfig(vocab=task.tokenizer.vocab_size, **config.model)),
+        model=model,
         optimizer=optax.with_extra_args_support(optimizer or make_optimizer(config.optimizer, config.steps * l.epochs)),
         mesh=mesh,
         branching=known(b.rule, branchings, "branching.rule"),
-        pruning=known(p.rule, prunings, "pruning.rule"),
+        pruning=known(p.rule, dict.fromkeys(survival.RULES) | prunings, "pruning.rule"),
+        quality=quality,
         grader=task.grade,
         advantage=advantage,
         thinning=backward,
@@ -248,6 +337,12 @@ def make_knobs(config, task: Task) -> dict:
         fill_after=jnp.int32(b.fill_after),
         greedy=jnp.bool_(b.greedy),
         tau_ed=f32(config.pruning.tau_ed),
+        detection=jnp.int32(config.pruning.detection),
+        kappa=f32(config.pruning.kappa),
+        rho=f32(config.pruning.rho),
+        pruning_from=jnp.int32(config.pruning.warmup_steps),
+        smoothing=f32(config.quality.smoothing),
+        decay=f32(config.quality.decay),
         clip_low=f32(l.clip_low),
         clip_high=f32(l.clip_high),
         dual_clip=f32(l.dual_clip or jnp.inf),

@@ -1,9 +1,11 @@
-"""What to stop while generating: pruning rules, pairs of pure functions around a memory."""
+"""What to stop while generating: pruning rules, pairs of pure functions around a memory, or one look at all lines."""
+from typing import Callable, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from treerl.tree import SIMILAR
-from treerl.types import ACTIVE, FREE, Lines, Pruning
+from treerl.tree import DROPPED, SIMILAR
+from treerl.types import ACTIVE, FREE, Lines, Pruning, Review
 
 
 def none() -> Pruning:
@@ -93,3 +95,59 @@ def similarity(*, windows: tuple[int, ...], tau_ed) -> Pruning:
         return jnp.where(gone, SIMILAR, 0).astype(jnp.int8), memory
 
     return Pruning(start=start, step=step)
+
+
+class Detected(NamedTuple):
+    """What the review of `survival` saw of each slot's line, and decided. [B, K] but for hidden."""
+
+    hidden: jax.Array  # [B, K, D], what was scored
+    score: jax.Array  # float32, logit of the quality head
+    posterior: jax.Array  # float32, chance of a right answer by the calibration
+    due: jax.Array  # bool, ran and had the detection length; the other fields mean something here alone
+    keep: jax.Array  # bool, goes on
+    chance: jax.Array  # float32, of being kept, 1 where not due; of a slot that was forked anew, its parent's
+
+
+def survival(judge: Callable, choose: Callable, *, detection, columns: int, rho, warm, refork: bool = False) -> Pruning:
+    """Scores all lines once, at the detection length, and lets a part of each group go on.
+
+    ARRoL, arXiv 2603.24840, algorithm 1. Differs from the paper: it tests each rollout when it reaches the
+    detection length, alone; here all lines of a group are compared at one moment, so that a fixed number can
+    survive and the rest of the loop runs in a smaller pool. Lines that ended before are not tested and stay; nor
+    are running lines that are shorter then, which take room from the others.
+
+    Args:
+      judge: hidden [B, K, D] -> (score [B, K], posterior [B, K]).
+      choose: a rule of `treerl.survival` without its numbers bound: (keys [B], posterior, due, capacity=[B]) -> (keep, p).
+      detection: [] int32, tokens from the prompt that a line must have to be scored.
+      columns: lines of a tree that run on, at most (static).
+      rho: [] float32, see `treerl.survival`. warm: [] bool, score and record, but stop nothing.
+      refork: fill the room up to `columns` with lines that continue survivors by draws of their own, those
+        whose posterior is nearest to rho first, one each before a second (static).
+    """
+
+    def review(lines: Lines, hidden, key):
+        runs = lines.status == ACTIVE
+        due = runs & (lines.cursor >= detection)
+        score, posterior = judge(hidden)
+        others = jnp.sum(runs & ~due, axis=1)
+        keep, chance = choose(jax.vmap(lambda k: jax.random.fold_in(k, REVIEW))(key), posterior, due, capacity=columns - others)
+        keep, chance = keep | warm, jnp.where(warm, 1.0, chance)  # the draws happen all the same
+        fork = jnp.full(due.shape, -1)
+        if refork:
+            able = due & keep
+            order = jnp.argsort(jnp.where(able, jnp.abs(posterior - rho), jnp.inf), axis=1, stable=True)
+            empty = (lines.status == FREE) | (due & ~keep)
+            rank = jnp.cumsum(empty, axis=1) - 1
+            count, room = (jnp.sum(x, axis=1, keepdims=True) for x in (able, runs & (keep | ~due)))
+            parent = jnp.take_along_axis(order, rank % jnp.maximum(count, 1), axis=1)
+            born = empty & (rank < columns - room) & (count > 0) & ~warm
+            fork = jnp.where(born, parent, -1)
+            chance = jnp.where(born, jnp.take_along_axis(chance, parent, axis=1), chance)
+        reason = jnp.where(due & ~keep, DROPPED, 0).astype(jnp.int8)
+        return Review(reason, fork, Detected(hidden, score, posterior, due, due & keep, chance))
+
+    return none()._replace(review=review)
+
+
+REVIEW = 0x7EE  # folded into a tree's key for the draws of its review; lines fold their slots, which are fewer

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 # (title, patterns of the metrics drawn together), the most wanted first; what no pattern knows is drawn as "other".
 GROUPS = (
     ("reward", ("reward", "solved")),
-    ("pass@k on held-out examples", ("pass@*",)),
+    ("pass@k and votes on held-out examples", ("pass@*", "majority@*", "weighted@*")),
     ("loss", ("loss",)),
     ("gradient norm", ("grad_norm",)),
     ("drift of log-probs, nats", ("logp_drift*",)),
@@ -21,6 +21,7 @@ GROUPS = (
     ("entropy, nats", ("entropy",)),
     ("leaves, forks and depth of a tree", ("leaves", "depth", "forks", "restarts", "pruned")),
     ("shares of tokens, leaves and trees", ("unique_tokens", "forced_tokens", "truncated", "trees_trained", "ess")),
+    ("quality head", ("quality_*", "survivors")),
     ("length of an answer, tokens", ("length",)),
     ("tokens sampled", ("sampled_tokens",)),
     ("bins", ("bins",)),

@@ -4,13 +4,19 @@ The sampler takes a policy and two rules as functions and never sees a model. Ea
 decodes the head of every slot, draws, lets the branching rule override and start lines, writes,
 and lets the pruning rule stop lines. Trees do not depend on each other, on their place in the
 batch or on the number of devices: every draw folds (key, example, line identity, row).
+
+A rule may review all lines once. When few enough of each tree run after that, they go on in a smaller pool
+(`treerl.compaction`); what a line draws does not depend on the pool.
 """
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from treerl import compaction
 from treerl import tree as T
+from treerl.compaction import take
+from treerl.nucleus import draw
 from treerl.types import ACTIVE, DONE, FREE, Births, Branching, Frontier, Lines, Policy, Prompts, Pruning, empty_lines
 
 _GRID = ("token", "parent", "used", "source", "end", "entropy", "logp_behavior", "logp_policy")
@@ -34,78 +40,16 @@ class _Carry(NamedTuple):
     stats: Stats
     active: jax.Array  # [B] bool, whether anything of the tree runs or may still be born
     iteration: jax.Array  # [] int32
+    hidden: object  # [B, K, D] that each line's newest token was drawn from, () if nobody reads it
+    reviewed: jax.Array  # [] bool
+    record: object  # of the review, zeros before it
 
 
-class Drawn(NamedTuple):
-    """A token for every head, and what its distribution said. All [..., ] of the heads' shape."""
+class Seen(NamedTuple):
+    """What the sampler saw of a model beside the tree."""
 
-    token: jax.Array  # int32
-    logp: jax.Array  # float32, of the token under the distribution drawn from
-    top: jax.Array  # float32, the largest logit
-    norm: jax.Array  # float32, log of sum of exp((logit - top) / temperature)
-    entropy: jax.Array  # float32, nats, of the tempered distribution, untruncated
-
-
-def nucleus(logits: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Lowest logit in the smallest set of probability top_p: [..., V] -> [..., 1].
-
-    Finds the cut by bisection on the probability, behind a cond, so top_p = 1 costs nothing and
-    the vocabulary is never sorted. Ties at the cut are kept.
-    """
-    top = logits.max(-1, keepdims=True)
-
-    def cut(logits, top):
-        weight = jnp.exp((logits - top) / temperature)
-        total = weight.sum(-1, keepdims=True)
-
-        def halve(_, bounds):
-            low, high = bounds  # the mass at or above low is at least top_p
-            middle = (low + high) / 2
-            enough = jnp.sum(jnp.where(weight >= middle, weight, 0), -1, keepdims=True) >= top_p * total
-            return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-        low, _ = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(top), jnp.ones_like(top)))
-        return jnp.min(jnp.where((weight >= low) | (logits == top), logits, jnp.inf), -1, keepdims=True)
-
-    return jax.lax.cond(top_p < 1, cut, lambda logits, top: jnp.full_like(top, -jnp.inf), logits, top)
-
-
-def draw(logits: jax.Array, temperature: jax.Array, top_p: jax.Array, uniform: jax.Array) -> Drawn:
-    """Draws a token from the tempered, truncated distribution by inverting its sum.
-
-    Two levels of about sqrt(V) sums: one uniform number a draw, two passes over the logits, and no
-    array of the vocabulary's size; never a token outside the nucleus.
-
-    Args:
-      logits: [..., V] float32. temperature, top_p: [] float32. uniform: [...] in [0, 1).
-    """
-    size = logits.shape[-1]
-    near = range(max(1, round(size**0.5 / 8)), round(size**0.5) + 1)
-    width = max((w for w in near if size % w == 0), default=near[-1])  # a divisor needs no padding
-    lowest, top = nucleus(logits, temperature, top_p), logits.max(-1)
-    pad = [(0, 0)] * (logits.ndim - 1) + [(0, -size % width)]
-    block = jnp.pad(logits, pad, constant_values=-jnp.inf).reshape(*logits.shape[:-1], -1, width)
-
-    shift = (block - top[..., None, None]) / temperature
-    weight = jnp.exp(shift)
-    mass = jnp.sum(jnp.where(block >= lowest[..., None], weight, 0), -1)
-    norm = jnp.sum(jnp.sum(weight, -1), -1)
-    mean = jnp.sum(jnp.sum(jnp.where(weight > 0, weight * shift, 0), -1), -1) / norm
-
-    def invert(weight, target):
-        total = jnp.cumsum(weight, axis=-1)
-        target = jnp.clip(target, 0, total[..., -1] * (1 - 2e-7))
-        index = jnp.sum(total <= target[..., None], axis=-1)
-        at = lambda x: jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
-        return index, target - (at(total) - at(weight))
-
-    outer, rest = invert(mass, uniform * mass.sum(-1))
-    inside = jnp.take_along_axis(block, outer[..., None, None], axis=-2)[..., 0, :]
-    shift = (inside - top[..., None]) / temperature
-    inner, _ = invert(jnp.where(inside >= lowest, jnp.exp(shift), 0), rest)
-    logp = jnp.take_along_axis(shift, inner[..., None], axis=-1)[..., 0] - jnp.log(mass.sum(-1))
-    token = jnp.minimum(outer * width + inner, size - 1).astype(jnp.int32)
-    return Drawn(token, logp, top, jnp.log(norm), jnp.log(norm) - mean)
+    hidden: object  # [B, K, D] that the last token of each slot's line was drawn from, () if not asked for
+    record: object  # of the pruning rule's review, () without one
 
 
 def _fold(key, *values):
@@ -149,10 +93,20 @@ def _last_cell(lines: Lines) -> jax.Array:
     return (row == lines.cursor[:, None] - 1) & (lines.cursor > lines.birth)[:, None]
 
 
-def _take(x, slot):
-    """Reads x [B, K, ...] at slot [B, K], clipped."""
-    slot = jnp.maximum(slot, 0)
-    return jnp.take_along_axis(x, slot.reshape(slot.shape + (1,) * (x.ndim - 2)), axis=1)
+def count(mask: jax.Array) -> jax.Array:
+    """How many of each tree's slots [B, K]: int32 [B]."""
+    return jnp.sum(mask, axis=1, dtype=jnp.int32)
+
+
+def stop(lines: Lines, end: jax.Array, reason: jax.Array, active: jax.Array) -> tuple[Lines, jax.Array, jax.Array]:
+    """Stops lines for a reason [B, K] above 0, in trees that are active [B].
+
+    Returns:
+      (lines, end [B, S, K] with the reason at their last cells, which lines stopped [B, K]).
+    """
+    stopped = (reason > 0) & (lines.status != FREE) & active[:, None]
+    end = jnp.where(_last_cell(lines) & stopped[:, None], reason[:, None].astype(end.dtype), end)
+    return lines.replace(status=jnp.where(stopped, FREE, lines.status)), end, stopped
 
 
 def sample(
@@ -170,7 +124,10 @@ def sample(
     temperature: jax.Array,
     top_p: jax.Array,
     eos: jax.Array,
-) -> tuple[T.Tree, Stats]:
+    review_at: int = 0,
+    columns: int | None = None,
+    hidden: bool = False,
+) -> tuple[T.Tree, Stats, Seen]:
     """Grows one tree a prompt.
 
     Each iteration decodes every slot once, a newborn that draws from the next one on: a line that
@@ -189,18 +146,28 @@ def sample(
       lengths: static row bounds, ascending, the last equal to rows; the loop's body is compiled
         once for each, and attention reads the rows of the smallest that fits.
       temperature: [] float32 > 0. top_p: [] float32 in (0, 1]. eos: [E] int32, -1 for none. Traced.
+      review_at: iterations (static), rounded up to whole segments, after which the rule's review happens.
+      columns: slots (static, K or fewer) of the pool that lines move to when at most so many run in every tree after
+        the review. A tree with more keeps all of them in the large pool: slower, nothing is lost.
+      hidden: keep hidden states for the caller (static); a rule with a review always has them.
 
     Returns:
-      (Tree with B in front, Stats).
+      (Tree with B in front, Stats, Seen).
     """
+    keeps, reviews = hidden or pruning.review is not None, pruning.review is not None
+    if keeps and policy.hidden is None or reviews and policy.gather is None:
+        raise ValueError("the policy gives no hidden states, or cannot move lines; a review needs Policy.hidden and gather.")
+    columns = slots if columns is None else columns
+    if not 1 <= columns <= slots:
+        raise ValueError(f"columns={columns} must be 1 to slots={slots}.")
     if tuple(sorted(set(lengths))) != tuple(lengths) or lengths[-1] != rows:
         raise ValueError(f"sampler.lengths={lengths} must ascend and end with the rows, {rows}.")
     batch = prompts.token.shape[0]
-    slot = jnp.broadcast_to(jnp.arange(slots), (batch, slots))
+    first = jnp.broadcast_to(jnp.arange(slots), (batch, slots))
     tree_key = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(key, i)))(prompts.index)
     cache = policy.prefill(prompts.token, prompts.length)
 
-    def decide(carry: _Carry, logits):
+    def decide(carry: _Carry, logits, grows):
         """Draws for every line and asks the branching rule."""
         lines = carry.lines
         noise = _fold(lines.key, lines.cursor)
@@ -208,8 +175,10 @@ def sample(
         drawn = draw(logits, temperature, top_p, uniform)
         free = _free_from(lines)
         token, births = branching.step(Frontier(lines, logits, drawn.token, drawn.entropy, free, carry.iteration))
-        allowed = (births.line >= 0) & (free <= births.row + 1)
-        status, head = _take(lines.status, births.line), _take(lines.cursor, births.line) - 1
+        if not grows:
+            return drawn, token, births._replace(line=jnp.full_like(births.line, -1))
+        allowed = (births.line >= 0) & (free <= births.row + 1) & ~carry.reviewed
+        status, head = take(lines.status, births.line), take(lines.cursor, births.line) - 1
         # above the end of a line that runs or is finished, a forced token at a head, whose logits its log-prob is of
         held = (status != FREE) & (births.row <= head - (status == DONE))
         held &= (births.token < 0) | (births.row == head)
@@ -222,10 +191,10 @@ def sample(
         born = births.line >= 0
         forced = born & (births.token >= 0)
         row = births.row + 1
-        path = jnp.where(jnp.arange(rows) < row[..., None], _take(lines.path, births.line), T.NONE)
+        path = jnp.where(jnp.arange(rows) < row[..., None], take(lines.path, births.line), T.NONE)
         complement = jnp.uint32(0xFFFFFFFF) - row.astype(jnp.uint32)  # never the key of a draw
-        child = _fold(_take(lines.key, births.line), complement, births.token)
-        fresh = _start_key(tree_key, slot, lines.started, births.row)
+        child = _fold(take(lines.key, births.line), complement, births.token)
+        fresh = _start_key(tree_key, first, lines.started, births.row)
         pick = lambda new, old: jnp.where(born.reshape(born.shape + (1,) * (old.ndim - 2)), new, old)
         return Lines(
             status=pick(ACTIVE, lines.status),
@@ -238,19 +207,25 @@ def sample(
             key=pick(jnp.where(forced[..., None], child, fresh), lines.key),
         )
 
-    def step(rows_in_use, carry: _Carry) -> _Carry:
+    def clear(lines: Lines, grid: dict, born) -> dict:
+        """The grid without what stood where newborn lines will write."""
+        below = (jnp.arange(rows)[:, None] >= lines.cursor[:, None]) & born[:, None]  # [B, S, K]
+        return dict(grid, used=grid["used"] & ~below, end=jnp.where(below, T.RUNNING, grid["end"]))
+
+    def step(rows_in_use, grows, carry: _Carry) -> _Carry:
         lines, grid = carry.lines, carry.grid
+        slot = jnp.broadcast_to(jnp.arange(lines.status.shape[1]), lines.status.shape)
         row = _head_row(lines.cursor)
         column = jnp.maximum(jnp.take_along_axis(lines.path, row[..., None], axis=-1)[..., 0], 0)
         head = jax.vmap(lambda token, row, column: token[row, column])(grid["token"], row, column)
         was_active = lines.status == ACTIVE
         write = was_active & (lines.cursor > lines.birth)  # another line's cell has been written by its own
         logits, cache = policy.decode(carry.cache, head, lines.cursor - 1, lines.path, write, rows_in_use)
-        drawn, ruled, births = decide(carry, logits)
+        drawn, ruled, births = decide(carry, logits, grows)
 
         born = births.line >= 0
         forked = born & (births.token >= 0)
-        lines = newborn(lines, births)
+        lines = newborn(lines, births) if grows else lines
         writes = was_active | forked
         source = jnp.where(forked, births.line, slot)  # whose logits the token comes from
         token = jnp.where(forked, births.token, jnp.where(ruled >= 0, ruled, drawn.token))
@@ -265,14 +240,12 @@ def sample(
             used=writes,
             source=jnp.where(forced, T.FORCED, T.SAMPLED),
             end=end,
-            entropy=_take(drawn.entropy, source),
+            entropy=take(drawn.entropy, source),
             logp_behavior=jnp.where(forced, 0.0, drawn.logp),
-            logp_policy=(at_token - _take(drawn.top, source)) / temperature - _take(drawn.norm, source),
+            logp_policy=(at_token - take(drawn.top, source)) / temperature - take(drawn.norm, source),
         )
-        below = jnp.arange(rows)[:, None] >= lines.cursor[:, None]  # [B, S, K]
-        here = (jnp.arange(rows)[:, None] == lines.cursor[:, None]) & writes[:, None]
-        clear = below & born[:, None]
-        grid = dict(grid, used=grid["used"] & ~clear, end=jnp.where(clear, T.RUNNING, grid["end"]))
+        here = (jnp.arange(rows)[:, None] == lines.cursor[:, None]) & writes[:, None]  # [B, S, K]
+        grid = clear(lines, grid, born) if grows else grid
         grid = {k: jnp.where(here, cell[k][:, None].astype(v.dtype), v) for k, v in grid.items()}
         here = here.swapaxes(1, 2)
         lines = lines.replace(
@@ -281,11 +254,10 @@ def sample(
             status=jnp.where(writes & (end != T.RUNNING), DONE, lines.status),
         )
 
-        reason, memory = pruning.step(carry.memory, lines, grid["token"])
-        stopped = (reason > 0) & (lines.status != FREE) & carry.active[:, None]
-        grid["end"] = jnp.where(_last_cell(lines) & stopped[:, None], reason[:, None], grid["end"])
-        lines = lines.replace(status=jnp.where(stopped, FREE, lines.status))
-        count = lambda mask: jnp.sum(mask, axis=1, dtype=jnp.int32)
+        memory, stopped = carry.memory, jnp.zeros(lines.status.shape, bool)
+        if grows:
+            reason, memory = pruning.step(memory, lines, grid["token"])
+            lines, grid["end"], stopped = stop(lines, grid["end"], reason, carry.active)
         stats = Stats(
             sampled=carry.stats.sampled + count(writes),
             forks=carry.stats.forks + count(forked),
@@ -293,43 +265,105 @@ def sample(
             pruned=carry.stats.pruned + count(stopped),
             iterations=carry.stats.iterations + 1,
         )
+        seen = carry.hidden
+        if keeps:
+            seen = jnp.where(writes[..., None], take(policy.hidden(cache), source), seen)
         # an empty slot may still be filled at the next iteration, when the rule sees nothing runs
         idle = jnp.any(was_active, axis=1) & jnp.any(lines.status == FREE, axis=1)
-        active = jnp.any(lines.status == ACTIVE, axis=1) | idle
-        return _Carry(lines, grid, cache, memory, stats, active, carry.iteration + 1)
+        active = jnp.any(lines.status == ACTIVE, axis=1) | (idle if grows else False)
+        return carry._replace(
+            lines=lines, grid=grid, cache=cache, memory=memory, stats=stats, active=active,
+            iteration=carry.iteration + 1, hidden=seen,
+        )  # fmt: skip
+
+    def review(carry: _Carry) -> _Carry:
+        """Asks the rule once about all lines; what it changes is small beside the cache, which a cond would copy."""
+        keys = jax.random.wrap_key_data(tree_key)
+
+        def look(lines, grid, stats):
+            found = pruning.review(lines, carry.hidden, keys)
+            lines, end, stopped = stop(lines, grid["end"], found.reason, carry.active)
+            grid, row = dict(grid, end=end), take(lines.cursor, found.fork) - 1
+            born = (found.fork >= 0) & (take(lines.status, found.fork) == ACTIVE) & (lines.status == FREE)
+            born &= (row >= 0) & (_free_from(lines) <= row + 1) & carry.active[:, None]
+            none = jnp.full_like(found.fork, -1)
+            lines = newborn(lines, Births(jnp.where(born, found.fork, -1), row, none, born & False))
+            stats = stats._replace(pruned=stats.pruned + count(stopped), forks=stats.forks + count(born))
+            return lines, clear(lines, grid, born), stats, found.record
+
+        same = lambda lines, grid, stats: (lines, grid, stats, carry.record)
+        now = ~carry.reviewed & (carry.iteration >= review_at)
+        marks = {name: carry.grid[name] for name in ("used", "end")}
+        lines, marks, stats, record = jax.lax.cond(now, look, same, carry.lines, marks, carry.stats)
+        reviewed = carry.reviewed | now
+        return carry._replace(
+            lines=lines, grid=dict(carry.grid, **marks), stats=stats, record=record, reviewed=reviewed
+        )
 
     begins, may_fork = branching.start(batch, slots)
     none = jnp.full((batch, slots), -1, jnp.int32)
-    births = Births(line=jnp.where(begins, slot, -1), row=none, token=none, may_fork=may_fork)
+    births = Births(line=jnp.where(begins, first, -1), row=none, token=none, may_fork=may_fork)
     lines = newborn(empty_lines(batch, slots, rows), births)
     blank = jnp.zeros((batch, rows, slots))
     types = dict(token=jnp.int32, parent=jnp.int32, used=bool, source=jnp.int8, end=jnp.int8)
     grid = {name: blank.astype(types.get(name, jnp.float32)) for name in _GRID}
     nothing = jnp.zeros((batch,), jnp.int32)
+    seen = jnp.zeros_like(policy.hidden(cache), shape=(batch, slots, policy.hidden(cache).shape[-1])) if keeps else ()
+    record = ()
+    if reviews:
+        shapes = jax.eval_shape(pruning.review, lines, seen, jax.random.wrap_key_data(tree_key)).record
+        record = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     carry = _Carry(
-        lines, grid, cache, pruning.start(batch, slots), Stats(*[nothing] * 5), jnp.ones((batch,), bool), jnp.int32(0)
-    )
+        lines, grid, cache, pruning.start(batch, slots), Stats(*[nothing] * 5), jnp.ones((batch,), bool), jnp.int32(0),
+        seen, jnp.bool_(False), record,
+    )  # fmt: skip
 
     def need(carry):
         """Rows that the next segment may touch; a line may be born on any that runs or is finished."""
         held = jnp.where(carry.lines.status != FREE, carry.lines.cursor, 0)
         return jnp.max(held) + segment
 
-    def goes_on(carry):
-        return jnp.any(carry.active) & (carry.iteration < budget)  # the only test over all trees
+    def loop(carry, grows: bool):
+        """Iterates until all trees are over, or fit into the smaller pool; `grows` before that (static)."""
 
-    def run(carry):
-        for shorter, length in zip((0,) + tuple(lengths), lengths):
-            fits = lambda c: (need(c) > shorter) & ((need(c) <= length) | (length == rows))
-            carry = jax.lax.while_loop(
-                lambda c: goes_on(c) & fits(c),
-                lambda c: jax.lax.fori_loop(0, segment, lambda _, c: step(length, c), c),
-                carry,
-            )
-        return carry
+        def goes_on(carry):
+            more = jnp.any(carry.active) & (carry.iteration < budget)  # the only test over all trees
+            if grows and reviews and columns < slots:
+                more &= ~(carry.reviewed & jnp.all(compaction.running(carry.lines) <= columns))
+            return more
 
-    carry = jax.lax.while_loop(goes_on, run, carry)
-    return _finish(carry, slot)
+        def waits(carry):
+            """For the review."""
+            return grows and reviews and ~carry.reviewed & (carry.iteration >= review_at)
+
+        def run(carry):
+            carry = review(carry) if grows and reviews else carry
+            for shorter, length in zip((0,) + tuple(lengths), lengths):
+                fits = lambda c: (need(c) > shorter) & ((need(c) <= length) | (length == rows))
+                carry = jax.lax.while_loop(
+                    lambda c: goes_on(c) & fits(c) & jnp.logical_not(waits(c)),
+                    lambda c: jax.lax.fori_loop(0, segment, lambda _, c: step(length, grows, c), c),
+                    carry,
+                )
+            return carry
+
+        return jax.lax.while_loop(goes_on, run, carry)
+
+    carry = loop(carry, True)
+    if reviews and columns < slots:
+        moved, lines, grid = compaction.compact(carry.lines, carry.grid, columns)
+        narrow = loop(
+            carry._replace(
+                lines=lines, grid=grid, cache=policy.gather(carry.cache, moved.path), memory=(),
+                hidden=take(carry.hidden, moved.slot),
+            ),
+            False,
+        )  # fmt: skip
+        lines, grid = compaction.restore(moved, carry.lines, carry.grid, narrow.lines, narrow.grid)
+        carry = carry._replace(
+            lines=lines, grid=grid, stats=narrow.stats, hidden=compaction.back(moved, carry.hidden, narrow.hidden)
+        )
+    return *_finish(carry, first), Seen(carry.hidden if keeps else (), carry.record)
 
 
 def _finish(carry: _Carry, slot) -> tuple[T.Tree, Stats]:

@@ -2,11 +2,11 @@
 
     train_step(fns, state, prompts, knobs) -> state, metrics
 
-    1. sample    grow a tree for every prompt                       `rollout`
+    1. sample    grow a tree for every prompt, prune on the way     `rollout`
     2. grade     a reward for every leaf                            `grade`
     3. estimate  credit from rewards and the shape of the tree      `estimate`
     4. weigh     what a token counts: aggregation, forced tokens, importance    `weigh`, `thin`
-    5. learn     pack the trees, each token once, and update        `learn`
+    5. learn     pack the trees, each token once, and update        `learn`, `learn_quality`
 
 All of it is one program that XLA compiles and shards. `fns` are the functions that a config
 chose (`treerl.functions`); `knobs` are its numbers, traced, so that changing one compiles nothing.
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from treerl import branching, packing, pruning, rewards, sampler, sharding
+from treerl import branching, masked, packing, pruning, rewards, sampler, sharding, survival
 from treerl import tree as T
 from treerl.functions import Fns, Sizes, make_fns, make_knobs
 from treerl.learner import (
@@ -39,11 +39,21 @@ def init_state(fns: Fns, seed: int) -> TrainState:
         opt_state=fns.optimizer.init(params),
         reference=jax.tree.map(jnp.copy, params) if fns.reference else None,
         memory=fns.advantage.memory,
+        quality=start_quality(fns, jax.random.fold_in(key, 2)),
         step=jnp.int32(0),
         key=jax.random.key_data(jax.random.fold_in(key, 1)),
         position=jnp.int32(0),
         skipped=jnp.int32(0),
     )
+
+
+def start_quality(fns: Fns, key) -> dict | None:
+    """The quality head before it has seen anything; None without one."""
+    if fns.quality is None:
+        return None
+    params = fns.quality.head.init(key)
+    table = survival.start_calibration(fns.quality.bins)
+    return dict(params=params, opt_state=fns.quality.optimizer.init(params), table=table)
 
 
 def restart(fns: Fns, state: TrainState) -> TrainState:
@@ -67,6 +77,7 @@ def state_shardings(fns: Fns):
         ),
         reference=params if fns.reference else None,
         memory=jax.tree.map(lambda _: everywhere, fns.advantage.memory),
+        quality=jax.tree.map(lambda _: everywhere, jax.eval_shape(lambda: start_quality(fns, jax.random.key(0)))),
         step=everywhere,
         key=everywhere,
         position=everywhere,
@@ -77,8 +88,14 @@ def state_shardings(fns: Fns):
 # --- sample and grade ----------------------------------------------------------------------
 
 
-def rollout(fns: Fns, params, prompts: Prompts, key, step, knobs, *, slots=None) -> tuple[T.Tree, sampler.Stats]:
-    """Grows a tree for every prompt; `slots` independent samples instead, if given."""
+def rollout(
+    fns: Fns, params, prompts: Prompts, key, step, knobs, *, quality=None, slots=None
+) -> tuple[T.Tree, sampler.Stats, sampler.Seen]:
+    """Grows a tree for every prompt; `slots` independent samples instead, if given.
+
+    Args:
+      quality: state of the quality head, if the config has one.
+    """
     axes, shapes = fns.model.axes(), fns.model.shapes()
     gathered = sharding.parameter_shardings(fns.mesh, axes, shapes, gathered=True)
     params = jax.tree.map(lambda p: p.astype(fns.model.config.dtype), params)
@@ -89,7 +106,7 @@ def rollout(fns: Fns, params, prompts: Prompts, key, step, knobs, *, slots=None)
     return sampler.sample(
         make_policy(fns.model, params, slots=slots, rows=size.rows, mesh=fns.mesh),
         branching.stochastic() if plain else fns.branching(knobs, step),
-        pruning.none() if plain else fns.pruning(knobs),
+        pruning.none() if plain else fns.pruning(knobs, step, quality),
         prompts,
         jax.random.fold_in(key, step),
         slots=slots,
@@ -100,6 +117,9 @@ def rollout(fns: Fns, params, prompts: Prompts, key, step, knobs, *, slots=None)
         temperature=knobs["temperature"],
         top_p=knobs["top_p"],
         eos=knobs["eos"],
+        review_at=size.review_at,
+        columns=None if plain else size.columns,
+        hidden=fns.quality is not None,
     )
 
 
@@ -111,20 +131,36 @@ def grade(fns: Fns, tree: T.Tree, prompts: Prompts) -> tuple[jax.Array, jax.Arra
     return reward, reward + jax.vmap(lambda t: rewards.overlong(t, fns.overlong))(tree)
 
 
-def evaluate_step(fns: Fns, params, prompts: Prompts, key, knobs, *, samples: int):
-    """Rewards of independent samples: float32 [B, samples]."""
-    tree, _ = rollout(fns, params, prompts, key, 0, knobs, slots=samples)
-    return rewards.grade(tree, prompts.data, fns.grader)
+def evaluate_step(fns: Fns, params, quality, prompts: Prompts, key, knobs, *, samples: int) -> dict:
+    """Independent samples, graded, and what they vote for: dict of [B, samples].
+
+    Returns:
+      reward: float32. valid: bool, the sample ended. answer: int32, index of the first sample of the same tokens.
+      score: float32, of the quality head at the sample's end; only with one.
+    """
+    tree, _, seen = rollout(fns, params, prompts, key, 0, knobs, slots=samples)
+
+    def first(tree):
+        token = jnp.where(tree.leaf_path >= 0, T.along(tree, tree.token), T.NONE)
+        return jnp.argmax(jnp.all(token[:, None] == token, axis=-1), axis=1)
+
+    graded = dict(
+        reward=rewards.grade(tree, prompts.data, fns.grader), valid=jax.vmap(T.leaf_valid)(tree), answer=jax.vmap(first)(tree)
+    )
+    return graded if fns.quality is None else dict(graded, score=fns.quality.head.score(quality["params"], seen.hidden))
 
 
 # --- credit --------------------------------------------------------------------------------
 
 
-def estimate(fns: Fns, state: TrainState, tree: T.Tree, prompts: Prompts, reward: jax.Array, knobs, graded=None):
+def estimate(
+    fns: Fns, state: TrainState, tree: T.Tree, prompts: Prompts, reward: jax.Array, knobs, *, graded=None, chance=None
+):
     """Credit of batched trees, and what the estimator and the losses read beside them.
 
     Args:
       reward: [B, L], as trained on. graded: [B, L], before length was punished; what is right and wrong is read there.
+      chance: [B, L] of each leaf's line to survive pruning; None if survivors count alike.
 
     Returns:
       (credit [B, L] or [B, S, K], leaf_weight [B, L], memory, extras: name -> [B, ...]).
@@ -136,7 +172,10 @@ def estimate(fns: Fns, state: TrainState, tree: T.Tree, prompts: Prompts, reward
     if "gradient_norm" in needs:
         extras["gradient_norm"] = gradient_norms(fns, state.params, tree, prompts, temperature)
     extras["importance"] = jax.vmap(leaf_importance)(tree)
+    valid = jax.vmap(T.leaf_valid)(tree)
+    extras["survival"] = valid.astype(jnp.float32) if chance is None else survival.inverse_weights(chance, valid)
     credit, leaf_weight, memory = fns.advantage.credit(tree, reward, extras, state.memory, graded)
+    leaf_weight = leaf_weight * extras["survival"]
     return credit, leaf_weight, memory, extras
 
 
@@ -255,6 +294,40 @@ def learn(
     return state, dict(kept, bins=jnp.max(bins.count), trees_trained=jnp.mean(include.astype(jnp.float32)))
 
 
+def learn_quality(fns: Fns, quality: dict, seen: sampler.Seen, tree: T.Tree, reward: jax.Array, knobs) -> tuple[dict, dict]:
+    """Trains the quality head on the answers at hand and counts their scores.
+
+    Labels are whether the final answer is right, of survivors alone: what was dropped has none. The head learns
+    from the hidden states of the detection and of the end of each answer (votes read it there; the paper trains
+    on the first); the table counts the scores that decided, by the head of that moment.
+
+    Returns:
+      (state of the head, metrics).
+    """
+    found, size = seen.record, fns.quality
+    valid = jax.vmap(T.leaf_valid)(tree)
+    right, told = reward > 0.5, found.due & found.keep & valid
+    both = lambda a, b: jnp.concatenate([a, b], axis=1)
+    data = both(found.hidden, seen.hidden), both(right, right), both(told, valid)
+
+    def epoch(carry, _):
+        params, opt_state = carry
+        loss, grads = jax.value_and_grad(size.head.loss)(params, *data)
+        updates, after = size.optimizer.update(grads, opt_state, params)
+        good = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        new = optax.apply_updates(params, updates), after
+        return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, carry), loss
+
+    (params, opt_state), losses = jax.lax.scan(epoch, (quality["params"], quality["opt_state"]), None, length=size.epochs)
+    table = survival.observe(quality["table"], found.score, right, told, decay=knobs["decay"])
+    metrics = dict(
+        quality_loss=losses[0],
+        quality_accuracy=masked.mean(right == (found.posterior > 0.5), told),
+        survivors=jnp.sum(found.keep) / jnp.maximum(jnp.sum(found.due), 1),
+    )
+    return dict(params=params, opt_state=opt_state, table=table), metrics
+
+
 def effective_share(weight: jax.Array, valid: jax.Array) -> jax.Array:
     """Effective sample size over the number of samples: (sum w)^2 / (n sum w^2), from 1 / n to 1; 1 for none."""
     weight = jnp.where(valid, weight, 0)
@@ -265,12 +338,15 @@ def effective_share(weight: jax.Array, valid: jax.Array) -> jax.Array:
 def train_step(fns: Fns, state: TrainState, prompts: Prompts, knobs: dict) -> tuple[TrainState, dict]:
     """The step: prompts [B, ...] to updated parameters; numbered as in the module's docstring."""
     key = jax.random.wrap_key_data(state.key)
-    tree, stats = rollout(fns, state.params, prompts, key, state.step, knobs)  # 1
-    tree, stats = jax.lax.with_sharding_constraint((tree, stats), sharding.trees(fns.mesh))
+    tree, stats, seen = rollout(fns, state.params, prompts, key, state.step, knobs, quality=state.quality)  # 1
+    tree, stats, seen = jax.lax.with_sharding_constraint((tree, stats, seen), sharding.trees(fns.mesh))
     reward, shaped = grade(fns, tree, prompts)  # 2
     if fns.proximal == "learner":  # decoupled PPO: ratios start from the learner's own log-probs
         tree = tree.replace(logp_policy=cell_logps(fns, state.params, tree, prompts, knobs["temperature"]))
-    credit, leaf_weight, memory, extras = estimate(fns, state, tree, prompts, shaped, knobs, reward)  # 3
+    chance = seen.record.chance if fns.quality and fns.quality.inverse else None
+    credit, leaf_weight, memory, extras = estimate(
+        fns, state, tree, prompts, shaped, knobs, graded=reward, chance=chance
+    )  # 3
     cells, denominators = jax.vmap(lambda *tree: weigh(fns, *tree, knobs))(tree, credit, leaf_weight)  # 4
     cells = jax.vmap(lambda *tree: thin(fns, *tree, state.step))(tree, shaped, credit, cells)
     ess = effective_share(extras["importance"], jax.vmap(T.leaf_valid)(tree))
@@ -278,6 +354,9 @@ def train_step(fns: Fns, state: TrainState, prompts: Prompts, knobs: dict) -> tu
     state, metrics = learn(
         fns, state, tree, prompts, cells, jnp.sum(denominators), knobs, reference=reference, ess=ess
     )  # 5
+    if fns.quality:
+        quality, more = learn_quality(fns, state.quality, seen, tree, reward, knobs)
+        state, metrics = state.replace(quality=quality), metrics | more
     state = state.replace(step=state.step + 1, position=state.position + prompts.token.shape[0], memory=memory)
     return state, dict(metrics, ess=ess, **describe(tree, reward, stats))
 

@@ -8,16 +8,16 @@ posterior q, the chance that the answer will be right; a rule turns q into survi
 Lines that are not due (shorter, or stopped before) are kept, with p = 1; what q says of them is never read.
 Arguments that all rules have:
 
-  key: typed random key. Line k of group b draws from (key, b, k), whatever the shapes are.
+  key: typed random key, or one for each group [B]. Line k of group b draws from (key, b, k), or from (key[b], k),
+    whatever the shapes are.
   q: [B, K] float32, posterior of each line; B groups of K slots.
   due: [B, K] bool, lines that have just reached the detection length.
   kappa: [] float32, share of the due lines to keep. 1 keeps all of them, exactly (p_max 1 or above where there is one).
   rho: [] float32, share of right answers wanted among survivors; a reward's variance rho (1 - rho) is largest at 1/2.
   least: static, so many of a group's due lines survive at least, or all if there are fewer. Lines that are not due
     do not count: a slot may be empty, and a group must not lose its contrast to that.
-  capacity: static, at most so many lines of a group survive, None without a limit. Every slot that is not due
-    counts and stays, even if those alone are too many. It may not be below `least`; where those not due leave
-    less room than `least`, capacity wins.
+  capacity: at most so many of a group's due lines survive, a number or [B] int32; None without a limit. Where it
+    is below `least`, capacity wins.
 """
 import chex
 import jax
@@ -96,18 +96,20 @@ def posterior(table: Calibration, score: jax.Array, *, smoothing=1.0) -> jax.Arr
 # --- what rules share -----------------------------------------------------------------------------
 
 
-def _check(q: jax.Array, due: jax.Array, least: int, capacity: int | None):
+Capacity = int | jax.Array | None
+
+
+def _check(q: jax.Array, due: jax.Array):
     chex.assert_rank([q, due], 2)
     chex.assert_equal_shape([q, due])
     chex.assert_type(due, bool)
-    if capacity is not None and capacity < least:
-        raise ValueError(f"capacity={capacity} is below least={least}; a group cannot keep both.")
 
 
 def _uniform(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """[B, K] float32 in [0, 1), each from its own place: more groups or slots change no other draw."""
-    draw = lambda b, k: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, b), k))
-    return jax.vmap(lambda b: jax.vmap(lambda k: draw(b, k))(jnp.arange(shape[1])))(jnp.arange(shape[0]))
+    keys = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(shape[0])) if key.ndim == 0 else key
+    draw = lambda key, k: jax.random.uniform(jax.random.fold_in(key, k))
+    return jax.vmap(lambda key: jax.vmap(lambda k: draw(key, k))(jnp.arange(shape[1])))(keys)
 
 
 def _rank(*keys: jax.Array) -> jax.Array:
@@ -115,12 +117,12 @@ def _rank(*keys: jax.Array) -> jax.Array:
     return jnp.argsort(jnp.lexsort(keys[::-1], axis=-1), axis=-1)
 
 
-def _room(due: jax.Array, capacity: int) -> jax.Array:
+def _room(due: jax.Array, capacity: int | jax.Array) -> jax.Array:
     """[B, 1] int32, due lines that may survive."""
-    return jnp.maximum(capacity - jnp.sum(~due, axis=-1, keepdims=True), 0)
+    return jnp.broadcast_to(jnp.maximum(capacity, 0), due.shape[:1])[:, None]
 
 
-def _draw(key, p: jax.Array, due: jax.Array, least: int, capacity: int | None) -> tuple[jax.Array, jax.Array]:
+def _draw(key, p: jax.Array, due: jax.Array, least: int, capacity: Capacity) -> tuple[jax.Array, jax.Array]:
     """Keeps lines where uniform < p, then mends groups with too few or too many.
 
     Too few: the lines of the highest p that were not drawn join, of equal p the one with the lowest uniform. Too
@@ -137,7 +139,7 @@ def _draw(key, p: jax.Array, due: jax.Array, least: int, capacity: int | None) -
     return keep | ~due, jnp.where(due, p, 1.0)
 
 
-def _count(due: jax.Array, kappa, least: int, capacity: int | None) -> tuple[jax.Array, jax.Array]:
+def _count(due: jax.Array, kappa, least: int, capacity: Capacity) -> tuple[jax.Array, jax.Array]:
     """(number of due lines to keep [B, 1] int32, that number over the due lines [B, K], 1 where not due)."""
     there = jnp.sum(due, axis=-1, keepdims=True)
     count = jnp.minimum(jnp.maximum(jnp.round(kappa * there).astype(jnp.int32), least), there)
@@ -169,7 +171,7 @@ def _level(tilt: jax.Array, due: jax.Array, kappa, p_min, p_max) -> jax.Array:
 # --- rules ----------------------------------------------------------------------------------------
 
 
-def arrol(key, q, due, *, kappa, rho, lam=0.5, p_min=0.1, p_max=0.9, least: int = 2, capacity: int | None = None):
+def arrol(key, q, due, *, kappa, rho, lam=0.5, p_min=0.1, p_max=0.9, least: int = 2, capacity: Capacity = None):
     """Keeps each line by a draw of its own: p = clip(kappa + delta + lam (rho - q), p_min, p_max).
 
     ARRoL, arXiv 2603.24840, the survival probability as our notes have it. One delta for all groups, by
@@ -185,11 +187,11 @@ def arrol(key, q, due, *, kappa, rho, lam=0.5, p_min=0.1, p_max=0.9, least: int 
     Returns:
       (keep [B, K] bool, p [B, K] float32); p is a line's chance before `least` and `capacity`.
     """
-    _check(q, due, least, capacity)
+    _check(q, due)
     return _draw(key, _level(lam * (rho - q), due, kappa, p_min, p_max), due, least, capacity)
 
 
-def arrol_group(key, q, due, *, kappa, rho, lam=2.0, p_min=0.1, p_max=0.9, least: int = 2, capacity: int | None = None):
+def arrol_group(key, q, due, *, kappa, rho, lam=2.0, p_min=0.1, p_max=0.9, least: int = 2, capacity: Capacity = None):
     """Keeps each line by a draw whose slope follows its group: p = clip(kappa + delta - t (q - m), p_min, p_max).
 
     Not in the paper: ARRoL (arXiv 2603.24840) with the sign its own theorem 4.2 asks for. m is the mean of q over
@@ -211,7 +213,7 @@ def arrol_group(key, q, due, *, kappa, rho, lam=2.0, p_min=0.1, p_max=0.9, least
     Returns:
       (keep [B, K] bool, p [B, K] float32); p is a line's chance before `least` and `capacity`.
     """
-    _check(q, due, least, capacity)
+    _check(q, due)
     mean, spread = (f(q, due, axis=-1)[:, None] for f in (masked.mean, masked.std))
     variance = jnp.square(spread)
     slope = jnp.where(variance > 0, kappa * (mean - rho) / jnp.where(variance > 0, variance, 1), 0.0)
@@ -220,7 +222,7 @@ def arrol_group(key, q, due, *, kappa, rho, lam=2.0, p_min=0.1, p_max=0.9, least
     return _draw(key, p, due, least, capacity)
 
 
-def balance(key, q, due, *, kappa, rho, least: int = 2, capacity: int | None = None):
+def balance(key, q, due, *, kappa, rho, least: int = 2, capacity: Capacity = None):
     """Removes the line whose absence brings the group's mean nearest to rho, again and again.
 
     ARRoL, arXiv 2603.24840, theorem 4.2: j = argmin over j of |mean of q without j - rho|, of equal ones the lowest
@@ -236,7 +238,7 @@ def balance(key, q, due, *, kappa, rho, least: int = 2, capacity: int | None = N
       kept follows from q, so `inverse_weights` corrects nothing here.
     """
     del key
-    _check(q, due, least, capacity)
+    _check(q, due)
     count, p = _count(due, kappa, least, capacity)
     index = jnp.arange(q.shape[1])
 
@@ -252,7 +254,7 @@ def balance(key, q, due, *, kappa, rho, least: int = 2, capacity: int | None = N
     return jax.vmap(one)(q, due, count[:, 0]) | ~due, p
 
 
-def random(key, q, due, *, kappa, rho, least: int = 2, capacity: int | None = None):
+def random(key, q, due, *, kappa, rho, least: int = 2, capacity: Capacity = None):
     """Keeps as many lines as `balance` does, uniformly chosen: the control.
 
     Args: see the module; q and rho are not used.
@@ -261,7 +263,7 @@ def random(key, q, due, *, kappa, rho, least: int = 2, capacity: int | None = No
       (keep [B, K] bool, p [B, K] float32); p is exactly a line's chance.
     """
     del rho
-    _check(q, due, least, capacity)
+    _check(q, due)
     count, p = _count(due, kappa, least, capacity)
     return ~due | (_rank(~due, _uniform(key, q.shape)) < count), p
 

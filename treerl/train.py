@@ -128,7 +128,7 @@ def warm_start(experiment: Experiment, state, progress, caught=()):
                 experiment.config, state, f"warm start, update {number}",
                 "lower warm_start.learning_rate, or look for weights or examples that make a nan.",
             )  # fmt: skip
-            scores = experiment.evaluate(state.params)
+            scores = experiment.evaluate(state)
             loss = float(np.mean(jax.device_get(losses)))
             curve.append(dict(step=number, loss=loss if np.isfinite(loss) else None, **scores))
             losses, since = [], since + 1
@@ -181,7 +181,7 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, caught: li
             with events.EventFile(os.path.join(workdir, "tensorboard", "warm_start"), -1) as event_file:
                 for line in curve:
                     event_file.write(line["step"], {f"warm_start/{k}": v for k, v in line.items() if k != "step"})
-            before = curve_best(curve) or experiment.evaluate(state.params)
+            before = curve_best(curve) or experiment.evaluate(state)
             extra = dict(warm_start=curve, before=before, seconds=time.monotonic() - begin)
             checkpoints.save(0, state, extra=extra, metric=before["pass@1"])
 
@@ -213,7 +213,7 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, caught: li
                 position += config.sampler.prompts
                 last, scores = number == config.steps, None
                 if number % config.evaluation.every == 0 or last:
-                    extra["after"] = scores = experiment.evaluate(state.params)
+                    extra["after"] = scores = experiment.evaluate(state)
                     values = dict(values, **scores)
                     bar.set_postfix({"reward": f"{values['reward']:.3f}", "pass@1": f"{scores['pass@1']:.3f}"})
                 values = dict(values, seconds=time.monotonic() - tick)
@@ -244,7 +244,7 @@ def curve_best(curve: list[dict]) -> dict | None:
     if not curve:
         return None
     best = max(curve, key=lambda line: line["pass@1"])
-    return {name: value for name, value in best.items() if name.startswith("pass@")}
+    return {name: value for name, value in best.items() if "@" in name}
 
 
 def write_report(experiment: Experiment, state, workdir: str, curve, before: dict, after: dict) -> None:

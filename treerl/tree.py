@@ -18,7 +18,7 @@ NONE = -1  # no parent, no leaf, no cell
 # source of a token
 SAMPLED, FORCED = 0, 1
 # end of a line; PRUNED and above say why it was pruned
-RUNNING, FINISHED, TRUNCATED, CUT, SIMILAR = 0, 1, 2, 3, 4
+RUNNING, FINISHED, TRUNCATED, CUT, SIMILAR, DROPPED = 0, 1, 2, 3, 4, 5
 PRUNED = SIMILAR
 
 

@@ -35,6 +35,7 @@ class TrainState:
     opt_state: Any
     reference: Params  # frozen policy of the KL term and of ACE, None without one
     memory: Any  # what multipliers remember (GDRO's scores), {} without one
+    quality: Any  # head that scores rollouts: dict of params, opt_state and table (survival.Calibration); None without
     step: jax.Array  # [] int32, number of updates of the policy by reinforcement learning
     key: jax.Array  # [2] uint32, the run's random key (constant; steps fold their number in)
     position: jax.Array  # [] int32, number of examples drawn from the stream so far
@@ -50,7 +51,7 @@ class Cells(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """What the sampler needs of a model. Both functions close over the parameters.
+    """What the sampler needs of a model. The functions close over the parameters.
 
     prefill(token [B, P], length [B]) -> cache: whatever `decode` needs of the prompts.
     decode(cache, token, row, path, write, rows) -> (logits [B, K, V] float32, cache): the
@@ -58,10 +59,16 @@ class Policy(NamedTuple):
         -1 for the prompt (the token then means nothing), path [B, K, S] the column of each of its
         ancestors and itself, write [B, K] whether its keys and values are new; rows (static)
         bounds every row in use.
+
+    Only where a pruning rule has a `review`, or hidden states are asked for:
+    hidden(cache) -> [B, K, D]: hidden states of the heads decoded last.
+    gather(cache, path [B, C, S]) -> cache of C slots: what the cells of the n-th path have, all in slot n, at their rows.
     """
 
     prefill: Callable
     decode: Callable
+    hidden: Callable | None = None
+    gather: Callable | None = None
 
 
 FREE, ACTIVE, DONE = 0, 1, 2  # status of a slot; DONE holds a leaf and stays taken
@@ -128,12 +135,24 @@ class Branching(NamedTuple):
     step: Callable
 
 
+class Review(NamedTuple):
+    """What a pruning rule says when it looks at all lines of the trees, once."""
+
+    reason: jax.Array  # [B, K] int8, 0 to go on, else as in Pruning
+    fork: jax.Array  # [B, K] int32, a running line whose path a FREE slot continues with draws of its own; -1 for none
+    record: Any  # pytree of arrays, handed to the sampler's caller
+
+
 class Pruning(NamedTuple):
-    """A pruning rule, a pair of functions around a memory of its own.
+    """A pruning rule, a pair of functions around a memory of its own, or a look at all lines at one moment.
 
     start(B, K) -> memory.
     step(memory, Lines, token [B, S, K]) -> (reason [B, K] int8, 0 to go on, memory); a DONE line
         can be pruned too, and is then no leaf. In a tree that is over (see Branching) none is.
+    review(Lines, hidden [B, K, D], key [B] typed keys, one a tree) -> Review, or None without one. The sampler
+        calls it once (`sample`, review_at); hidden is of the cell that each line's newest token was drawn from.
+        From then on no line is born but those it forks, and lines may move to other slots of a smaller
+        pool, where `step` is not called any more.
 
     A reason is tree.PRUNED or above, as it becomes the `end` of the line's last cell, where 1 to 3
     are the other ends. A new one needs a number in tree.py and a name in draw.ENDS.
@@ -141,3 +160,4 @@ class Pruning(NamedTuple):
 
     start: Callable
     step: Callable
+    review: Callable | None = None

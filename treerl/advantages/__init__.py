@@ -3,7 +3,7 @@
 Each is `estimator(tree, reward [L], **options)` of one tree, returning leaf credit [L] or cell
 credit [S, K] (or leaf credit and the weight of each leaf's tokens); callers vmap, and `tree.spread`
 turns either into what the learner reads. One that needs more than the tree names it as a further
-argument: `reference_logp` [S, K], `gradient_norm` [L] or `importance` [L].
+argument: `reference_logp` [S, K], `gradient_norm` [L], `importance` [L] or `survival` [L].
 """
 import inspect
 from typing import Callable, NamedTuple
@@ -51,7 +51,7 @@ def extras(function: Callable) -> tuple[str, ...]:
 def gives_leaf_credit(estimator: Callable) -> bool:
     """Whether an estimator credits leaves [L]; else it credits cells [S, K]."""
     example = T.from_parents([[-1, -1], [0, 1], [0, 1]], [[1, 1]] * 3, [[2, 0], [2, 1]])
-    fills = dict(reference_logp=example.logp_policy, gradient_norm=jnp.ones(2), importance=jnp.ones(2))
+    fills = dict(reference_logp=example.logp_policy, gradient_norm=jnp.ones(2), importance=jnp.ones(2), survival=jnp.ones(2))
     result = jax.eval_shape(estimator, example, jnp.ones(2), *(fills[name] for name in extras(estimator)))
     return (result[0] if isinstance(result, tuple) else result).ndim == 1
 
@@ -72,7 +72,7 @@ def compose(estimator: Callable, whitening: Callable | None = None, multipliers:
       ValueError: novelty with an estimator of cell credit, or options that an estimator refuses.
     """
     def one(tree, reward, given):
-        result = estimator(tree, reward, *(given[name] for name in extras(estimator)))
+        result = estimator(tree, reward, **{name: given[name] for name in extras(estimator) if name in given})
         credit, weight = result if isinstance(result, tuple) else (result, jnp.ones(reward.shape))
         return credit, jnp.where(T.leaf_valid(tree), weight, 0).astype(jnp.float32)
 

@@ -1,7 +1,8 @@
 """Estimators that compare the leaves of one prompt and read nothing else of the tree than their lengths.
 
 Each gives leaf credit [L]: 0 where there is no leaf, and exactly 0 for groups whose rewards differ
-by less than rounding.
+by less than rounding. `survival` [L] weighs the leaves of a group that was thinned by chance, inversely to a leaf's
+chance of surviving and with mean 1 (`treerl.survival.inverse_weights`); 1 everywhere otherwise.
 """
 import chex
 import jax
@@ -13,15 +14,15 @@ from treerl import tree as T
 ROUNDING = 1e-6  # rewards with a smaller standard deviation are all the same
 
 
-def _group(tree: T.Tree, reward: jax.Array):
+def _group(tree: T.Tree, reward: jax.Array, survival=1.0):
     """(which entries are leaves [L], number of leaves, their mean reward, whether they differ)."""
     chex.assert_equal_shape([reward, tree.leaf[:, 0]])
     valid = T.leaf_valid(tree)
     contrast = masked.std(reward, valid, ddof=1) >= ROUNDING
-    return valid, jnp.sum(valid), masked.mean(reward, valid), contrast
+    return valid, jnp.sum(valid), masked.mean(reward, valid, weight=survival), contrast
 
 
-def grpo(tree: T.Tree, reward: jax.Array, *, std: bool = True, eps: float = 1e-6) -> jax.Array:
+def grpo(tree: T.Tree, reward: jax.Array, survival: jax.Array | float = 1.0, *, std: bool = True, eps: float = 1e-6) -> jax.Array:
     """Normalises rewards within the group: A_l = (r_l - mean) / (std + eps).
 
     GRPO, arXiv 2402.03300, eq. 10 (outcome supervision), with the sample standard deviation
@@ -31,31 +32,34 @@ def grpo(tree: T.Tree, reward: jax.Array, *, std: bool = True, eps: float = 1e-6
       tree: one tree; only its leaf table is read. reward: [L] float32.
       std: divide by the standard deviation (False gives Dr. GRPO's advantage).
     """
-    valid, _, mean, contrast = _group(tree, reward)
+    valid, _, mean, contrast = _group(tree, reward, survival)
     advantage = reward - mean
     if std:
-        advantage = advantage / (masked.std(reward, valid, ddof=1) + eps)
+        advantage = advantage / (masked.std(reward, valid, ddof=1, weight=survival) + eps)
     return jnp.where(valid & contrast, advantage, 0.0)
 
 
-def dr_grpo(tree: T.Tree, reward: jax.Array) -> jax.Array:
+def dr_grpo(tree: T.Tree, reward: jax.Array, survival: jax.Array | float = 1.0) -> jax.Array:
     """Centres rewards within the group: A_l = r_l - mean.
 
     Dr. GRPO, arXiv 2503.20783, section 3.2. Differs from GRPO by the missing standard deviation; the
     paper's other half, a constant in place of lengths, is `learner.aggregation=constant`.
     """
-    return grpo(tree, reward, std=False)
+    return grpo(tree, reward, survival, std=False)
 
 
-def rloo(tree: T.Tree, reward: jax.Array) -> jax.Array:
+def rloo(tree: T.Tree, reward: jax.Array, survival: jax.Array | float = 1.0) -> jax.Array:
     """Subtracts the mean of the other leaves: A_l = r_l - mean of r_j over j != l.
 
     RLOO, arXiv 2402.14740, section 2.3. Differs from GRPO by the missing standard deviation and the
-    leaf's own reward, which is not in its baseline: it is n / (n - 1) times Dr. GRPO's. A single
+    leaf's own reward, which is not in its baseline: it is n / (n - 1) times Dr. GRPO's (n / (n - w) with a
+    weight w of survival). A single
     leaf has no baseline and gets zero (trl; verl: its raw reward).
     """
-    _, count, _, _ = _group(tree, reward)
-    return dr_grpo(tree, reward) * count / jnp.maximum(count - 1, 1)
+    valid, count, _, _ = _group(tree, reward)
+    weight = jnp.where(valid, survival, 0)
+    others = count - weight  # the weights' sum is the number of leaves
+    return jnp.where(others > 0, dr_grpo(tree, reward, survival) * count / jnp.where(others > 0, others, 1), 0.0)
 
 
 def opo(tree: T.Tree, reward: jax.Array) -> jax.Array:

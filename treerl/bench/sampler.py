@@ -75,7 +75,7 @@ def grow(rule, model, sizes, params, prompts, knobs):
         make_policy(model, params, slots=slots, rows=rows), branch, prune, prompts, jax.random.key(1),
         slots=slots, rows=rows, budget=rows, segment=sizes["segment"], lengths=(*sizes["lengths"], rows),
         temperature=knobs["temperature"], top_p=knobs["top_p"], eos=knobs["eos"],
-    )  # fmt: skip
+    )[:2]  # fmt: skip
 
 
 def prefill(model, sizes, params, prompts):

@@ -70,7 +70,7 @@ def rows(**sizes):
     yield row("peak_memory", step.peak_bytes, "bytes")
 
     def rollout(params, prompts, key, number, knobs):
-        tree, stats = S.rollout(fns, params, prompts, jax.random.wrap_key_data(key), number, knobs)
+        tree, *_ = S.rollout(fns, params, prompts, jax.random.wrap_key_data(key), number, knobs)
         return tree, S.grade(fns, tree, prompts)[1]
 
     sampling = measure.compiled(rollout, state.params, prompts, state.key, state.step, knobs)

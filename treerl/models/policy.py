@@ -28,10 +28,11 @@ def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Me
         last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
         pool = jnp.zeros((batch, config.kv_heads, slots, rows, config.head_dim), config.dtype)
         k, v = (rearrange(x, "l b p g d -> l b g p d") for x in (k, v))
-        return length, last, [(k[i], v[i], pool, pool) for i in range(config.layers)]
+        heads = jnp.broadcast_to(last, (batch, slots, config.width))
+        return length, last, heads, [(k[i], v[i], pool, pool) for i in range(config.layers)]
 
     def decode(cache, token, row, path, write, rows):
-        length, last, caches = cache
+        length, last, _, caches = cache
         attend = attention.pool(length, path, row, write, rows, form)
         x, angles = module.embed(token), module.angles(length[:, None] + row)
         block = jax.jit(lambda weights, x, cache: apply(weights, x, angles, attend, cache))  # traced once
@@ -40,9 +41,16 @@ def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Me
             x, cache = block(weights, x, cache)
             new.append(cache)
         hidden = jnp.where(row[..., None] < 0, last, module.final_norm(x))
-        return module.logits(hidden), (length, last, new)
+        return module.logits(hidden), (length, last, hidden, new)
 
-    return Policy(prefill=prefill, decode=decode)
+    def gather(cache, path):
+        length, last, _, caches = cache
+        column, depth = jnp.maximum(path, 0), jnp.arange(path.shape[2])
+        move = jax.vmap(lambda pool, column: pool[:, column, depth])  # a tree at a time, see `attention.pool`
+        moved = [(k, v, move(pool_k, column), move(pool_v, column)) for k, v, pool_k, pool_v in caches]
+        return length, last, jnp.zeros((*path.shape[:2], config.width), config.dtype), moved
+
+    return Policy(prefill=prefill, decode=decode, hidden=lambda cache: cache[2], gather=gather)
 
 
 def packed_hidden(model: Model, params: Params, token, position, stop, *, remat: bool = False):
