@@ -82,6 +82,17 @@ def lines_of(tree) -> list[dict]:
     return found
 
 
+def check_log_probs(tree, logits):
+    """Every leaf's log-probs are those of the table at the states that its own tokens give."""
+    logp = np.asarray(jax.nn.log_softmax(logits))
+    tokens, found = np.asarray(T.along(tree, tree.token)), np.asarray(T.along(tree, tree.logp_policy))
+    for k in np.flatnonzero(tree.leaf[:, 0] >= 0):
+        sums = np.cumsum((tokens[k] + 1) * (np.arange(S) + 2))
+        state = np.concatenate([[0], sums])[:-1] % STATES
+        length = tree.leaf[k, 0] + 1
+        np.testing.assert_allclose(found[k, :length], logp[state, tokens[k]][:length], atol=1e-5)
+
+
 MODES = dict(lookahead=dict(lookahead=True), greedy=dict(lookahead=True, greedy=True))
 
 
@@ -154,6 +165,7 @@ def test_reforks_continue_survivors_in_the_room_that_is_left(mode):
             assert len(fresh) == int(stats.forks[b] - before.forks[b])
             assert len(survivors) + len(fresh) <= 5
             starts = [tuple(new[k][:DETECTION]) for k in survivors if k in new]
+            check_log_probs(t, states(seed))
             for k in fresh:
                 assert tuple(new[k][:DETECTION]) in starts
                 row = DETECTION - 1 if not mode else None

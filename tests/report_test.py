@@ -77,10 +77,10 @@ def test_report_draws_the_metrics_that_exist(tmp_path):
 
 
 def test_every_metric_of_a_step_is_drawn_once_and_no_group_is_for_none(tmp_path):
-    tiny = Tiny(one_device(), kl=0.1)
+    tiny = Tiny(one_device(), kl=0.1, pruning=dict(rule="balance", detection=4))
     step = functools.partial(S.train_step, tiny.fns)
     _, values = jax.eval_shape(step, tiny.state(), tiny.prompts(), tiny.knobs)
-    names = [*values, "pass@1", "pass@8", "seconds"]  # what train adds
+    names = [*values, "pass@1", "pass@8", "majority@8", "weighted@8", "seconds"]  # what train adds
     [panels] = drawn(write(tmp_path / "report.html", history=[{"step": 1} | dict.fromkeys(names, 0.5)]))
     assert sorted(name for _, panel in panels for name in panel) == sorted(names)
     for _, patterns in report.GROUPS:

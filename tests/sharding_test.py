@@ -29,6 +29,8 @@ from treerl.tokenizers import CharTokenizer
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MESHES = {"data=4, fsdp=2": dict(data=4, fsdp=2), "data=2, fsdp=2, tensor=2": dict(data=2, fsdp=2, tensor=2)}
 
+SURVIVAL = dict(pruning=dict(rule="arrol_group", detection=4, warmup_steps=0), branching=dict(rule="stochastic"))
+
 # --- a step small enough to compile in seconds ------------------------------------------------
 
 
@@ -54,12 +56,14 @@ def tiny_task() -> Task:
     return Task(tokenizer=tokenizer, train=examples, heldout=examples, encode=encode, grade=grade)
 
 
-def tiny_config(**learner):
+def tiny_config(pruning=(), branching=(), advantage="branch_depthwise", **learner):
     config = default()
     config.model.update(dict(layers=1, width=16, heads=4, kv_heads=2, head_dim=4, hidden=16))
     config.sampler.update(dict(prompts=8, slots=4, prompt_length=4, answer_length=8, segment=4))
     config.branching.update(dict(tau_abs=0.02, tau_rel=0.9, fill_after=3))  # forks in a random policy
-    config.pruning.update(dict(windows=(2, 4), tau_ed=0.6))
+    config.branching.update(dict(branching))
+    config.advantage.name = advantage
+    config.pruning.update(dict(dict(windows=(2, 4), tau_ed=0.6), **dict(pruning)))
     config.learner.update(dict(dict(bin_tokens=12, bins_per_step=1), **learner))
     return config
 
@@ -75,8 +79,8 @@ class Tiny:
     the gradient. (Adam's first update is nearly the gradient's sign, which rounding can turn.)
     """
 
-    def __init__(self, mesh: Mesh, **learner):
-        config, self.task = tiny_config(**learner), tiny_task()
+    def __init__(self, mesh: Mesh, **changes):
+        config, self.task = tiny_config(**changes), tiny_task()
         self.fns = S.make_fns(config, self.task, mesh, optimizer=optax.sgd(0.1, momentum=0.9))
         self.trees, self.whole = sharding.trees(mesh), sharding.replicated(mesh)
         self.shardings = S.state_shardings(self.fns)
@@ -155,7 +159,12 @@ def test_the_tiny_step_is_worth_testing(first):
 
 
 def test_devices_do_not_change_the_step(first, tmp_path):
-    _, wanted, _ = first
+    _, plain, _ = first
+    with quick_compiles(), with_trees():
+        tiny = Tiny(one_device(), **SURVIVAL)
+        state, metrics = tiny.step(tiny.state(), tiny.prompts(), tiny.knobs)
+        survivors = numbers(state, metrics)
+    assert metrics["pruned"] > 0.5 and metrics["quality_loss"] > 0
     environment = dict(
         os.environ,
         XLA_FLAGS="--xla_force_host_platform_device_count=8",
@@ -166,8 +175,8 @@ def test_devices_do_not_change_the_step(first, tmp_path):
     command = [sys.executable, __file__, str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
-    for name in [*MESHES, "kernel"]:
-        actual = np.load(tmp_path / f"{name}.npz")
+    for name in [*MESHES, "survivors", "kernel"]:
+        actual, wanted = np.load(tmp_path / f"{name}.npz"), survivors if name == "survivors" else plain
         for field in ("tree.token", "tree.parent", "tree.used", "tree.end", "tree.source", "tree.leaf"):
             np.testing.assert_array_equal(actual[field], wanted[field], err_msg=f"{name}: {field}")
         assert_close(actual, wanted, "graded")
@@ -181,9 +190,12 @@ def token_loop_collectives(tiny) -> list[str]:
     Trees are independent and weights are gathered before the loop: over data and fsdp there is
     nothing to communicate for a token.
     """
-    grow = lambda params, prompts, knobs: S.rollout(tiny.fns, params, prompts, jax.random.key(0), 0, knobs)
-    jitted = jax.jit(grow, in_shardings=(tiny.shardings.params, tiny.trees, tiny.whole))
-    text = jitted.lower(tiny.state().params, tiny.prompts(), tiny.knobs).compile().as_text()
+    state = tiny.state()
+    grow = lambda params, prompts, knobs, quality: S.rollout(
+        tiny.fns, params, prompts, jax.random.key(0), 0, knobs, quality=quality
+    )
+    jitted = jax.jit(grow, in_shardings=(tiny.shardings.params, tiny.trees, tiny.whole, tiny.whole))
+    text = jitted.lower(state.params, tiny.prompts(), tiny.knobs, state.quality).compile().as_text()
     kinds = r"= \S+ (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[^(]*\("
     found = [line for line in text.splitlines() if re.search(kinds, line)]
     assert any(" all-gather(" in line for line in found), "the weights' gathers are not seen"
@@ -202,6 +214,10 @@ def main(folder: str):
         with with_trees():
             result = numbers(*tiny.step(tiny.state(), tiny.prompts(), tiny.knobs))
         np.savez(os.path.join(folder, f"{name}.npz"), **result)
+    tiny = Tiny(sharding.make_mesh(**MESHES["data=4, fsdp=2"]), **SURVIVAL)
+    assert not token_loop_collectives(tiny), token_loop_collectives(tiny)
+    with with_trees():
+        np.savez(os.path.join(folder, "survivors.npz"), **numbers(*tiny.step(tiny.state(), tiny.prompts(), tiny.knobs)))
     fused = functools.partial(attention.fused, interpret=True)
     with mock.patch.object(attention, "kernel", lambda head_dim, mesh: attention.sharded(fused, mesh)), with_trees():
         tiny = Tiny(sharding.make_mesh(**sizes))

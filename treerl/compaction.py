@@ -46,7 +46,7 @@ def compact(lines: Lines, grid: dict, slots: int) -> tuple[Moved, Lines, dict]:
         status=jnp.where(there, ACTIVE, FREE),
         cursor=jnp.where(there, take(lines.cursor, order), 0),
         path=jnp.where(path >= 0, jnp.arange(slots)[:, None], -1),
-        birth=jnp.where(there, take(lines.birth, order), 0),
+        birth=jnp.zeros_like(order),  # keys and values of all its cells are its own now, those of a newborn's head too
         parent=jnp.full_like(order, -1),
         may_fork=there & take(lines.may_fork, order),
         started=take(lines.started, order),
