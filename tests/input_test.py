@@ -165,11 +165,12 @@ def test_unknown_and_missing_fields():
 def test_every_field_was_thought_of():
     """A field has a rule, can be anything of its type, or is checked where its names are known."""
     ruled = [name for _, _, names in C.RULES for name in names.split()]
-    anything = {"branching.greedy", "learner.reference", "learner.remat", "model.qk_norm", "model.qkv_bias", "model.tied"}
+    anything = {"branching.greedy", "pruning.refork", "learner.reference", "learner.remat", "model.qk_norm", "model.qkv_bias", "model.tied"}
     elsewhere = {  # see `test_runs_that_can_never_start` and countdown_test
         "advantage.name", "advantage.options", "advantage.multipliers", "branching.rule", "learner.aggregation",
         "learner.forced", "learner.importance", "learner.kl_estimate", "learner.objective", "learner.proximal",
-        "optimizer.ess", "optimizer.schedule", "pruning.backward", "pruning.backward_options", "pruning.rule", "mesh.data", "mesh.fsdp", "mesh.tensor",
+        "optimizer.ess", "optimizer.schedule", "pruning.backward", "pruning.backward_options", "pruning.rule",
+        "pruning.options", "pruning.weights", "mesh.data", "mesh.fsdp", "mesh.tensor",
     }  # fmt: skip
     known = {name for name, _ in C.fields(default()) if not name.startswith("task.")}
     assert len(ruled) == len(set(ruled))
@@ -191,6 +192,10 @@ def data(tmp_path_factory):
 
 def small(data, **changes):
     return changed(**dict(SIZES, data_dir=str(data)) | changes)
+
+
+def survival(rule="balance", **changes):
+    return {name if "__" in name else f"pruning__{name}": x for name, x in changes.items()} | dict(pruning__rule=rule)
 
 
 @pytest.mark.parametrize("changes, shards, message", [
@@ -270,7 +275,44 @@ def small(data, **changes):
     (dict(advantage__options=C.ConfigDict(dict(clip="x"))), 1,
      "advantage.options.clip='x' is no float; set one such as 5.0."),
     (dict(branching__rule="magic"), 1, "branching.rule='magic' is unknown; known are lookahead, stochastic."),
-    (dict(pruning__rule="magic"), 1, "pruning.rule='magic' is unknown; known are none, similarity."),
+    (dict(pruning__rule="magic"), 1, "pruning.rule='magic' is unknown; known are arrol, arrol_group, balance, none, random, "
+     "similarity."),
+    (survival(detection=16), 1,
+     "pruning.detection=16 must come before the end of an answer, sampler.answer_length=16, also when rounded up to "
+     "whole segments of sampler.segment=4; lower it."),
+    (survival(detection=13, branching__rule="stochastic"), 1,
+     "pruning.detection=13 must come before the end of an answer, sampler.answer_length=16, also when rounded up to "
+     "whole segments of sampler.segment=4; lower it."),
+    (survival("arrol", kappa=1.0), 1,
+     "pruning.kappa=1.0 lies outside p_min=0.1 to p_max=0.9 of pruning.options, so no chances can have that mean; "
+     "change either."),
+    (survival("arrol_group", options=C.ConfigDict(dict(p_min=0.6, p_max=0.4))), 1,
+     "pruning.options: p_min=0.6 and p_max=0.4 must be chances, p_min the lower; mend either."),
+    (survival("arrol", options=C.ConfigDict(dict(p_max=1.4))), 1,
+     "pruning.options: p_min=0.1 and p_max=1.4 must be chances, p_min the lower; mend either."),
+    (survival("balance", options=C.ConfigDict(dict(lam=1.0))), 1,
+     "pruning.options has no 'lam' for balance; known are least."),
+    (survival("arrol", options=C.ConfigDict(dict(capacity=3))), 1,
+     "pruning.options has no 'capacity' for arrol; known are lam, least, p_max, p_min."),
+    (survival(columns=3), 1,
+     "pruning.columns=3 must hold the survivors, pruning.kappa x sampler.slots = 4, and be at most sampler.slots=8; "
+     "change it, or set 0 for as many as survive."),
+    (survival(columns=9), 1,
+     "pruning.columns=9 must hold the survivors, pruning.kappa x sampler.slots = 4, and be at most sampler.slots=8; "
+     "change it, or set 0 for as many as survive."),
+    (survival(options=C.ConfigDict(dict(least=5))), 1,
+     "pruning.options: least=5 is more than the 4 lines that may run on; lower it, or raise pruning.columns."),
+    (survival(weights="magic"), 1, "pruning.weights='magic' is unknown; known are inverse, none."),
+    (survival(weights="inverse", advantage__name="grpo"), 1,
+     "pruning.weights=inverse needs chances of surviving and pruning.rule=balance draws none; use another."),
+    (survival("random", weights="inverse"), 1,
+     "pruning.weights=inverse needs an estimator that weighs leaves, and advantage.name=branch_depthwise does not; use "
+     "one of dr_grpo, grpo, rloo, or pruning.weights=none."),
+    (dict(pruning__refork=True), 1,
+     "pruning.options, refork and weights are read by survival rules, not by pruning.rule=similarity; set it to one of "
+     "arrol, arrol_group, balance, random, or leave them at their defaults."),
+    (survival(rho=1.5), 1, "pruning.rho=1.5 cannot work; set it to a number from 0 to 1."),
+    (survival(kappa=0.0), 1, "pruning.kappa=0.0 cannot work; set it to a number above 0, at most 1."),
     (dict(pruning__windows=(4, 60)), 1,
      "pruning.windows=(4, 60) must be lengths from 1 to sampler.answer_length=16; "
      "shorten them, or set pruning.rule=none."),
