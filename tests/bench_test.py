@@ -24,7 +24,10 @@ TOY = {
     "estimators": dict(
         trees=8, slots=8, rows=16, part=2, chunk=4, groups=2, trajectories=4, steps=6, states=3, repeats=1
     ),
-    "pruning": dict(groups=2000, slots=16, kappa=0.5, rho=0.5, concentration=6.0, seed=0, repeats=1),
+    "pruning": dict(
+        GROUP, groups=2000, slots=16, kappa=0.5, rho=0.5, concentration=6.0, seed=0, repeats=1, detection=3, segment=2,
+        bin_tokens=32, bins_per_step=1, vocab_chunk=16, remat=False, turns=1,
+    ),
     "devices": dict(steps=1, prompts=4, slots=4),
 }  # fmt: skip
 FIELDS = {"suite", "name", "value", "unit", "shapes", "device"}
@@ -53,7 +56,7 @@ def test_rows_are_well_formed(suite):
         assert FIELDS <= set(row) and set(row) - FIELDS in (set(), {"versus", "ratio"})
         assert row["suite"] == suite and row["shapes"] == TOY[suite]
         assert np.isfinite(row["value"])
-        assert "versus" not in row or row["versus"] in {other["name"].split(".")[0] for other in rows}
+        assert "versus" not in row or row["versus"] in {n for other in rows for n in (other["name"], other["name"].split(".")[0])}
         json.dumps(row)
 
 
@@ -94,6 +97,14 @@ def test_rules_that_follow_the_group_leave_more_contrast_than_chance_on_every_mi
         assert all(abs(of(mix, rule, ".kept") - 0.5) < 0.02 for rule in pruning.RULES)
     assert of("hard", "arrol_lam_2") < of("hard", "arrol") < of("hard", "random") - 0.005
     assert of("balanced", "all") == pytest.approx(15 / 96, abs=0.006)  # 15 / 16 of E[x (1 - x)], x uniform
+
+
+def test_dropped_lines_are_neither_sampled_further_nor_packed():
+    """Two trees of 16 lines of 8 tokens; half of each is dropped after 4, the segment's end."""
+    rows = named("pruning")
+    sampled, bins = ({kind: rows[f"{kind}.{what}"]["value"] for kind in pruning.PRUNING} for what in ("sampled_tokens", "bins"))
+    assert sampled == dict(none=256, keep_1=256, keep_half=2 * (16 * 4 + 8 * 4))
+    assert bins["none"] == bins["keep_1"] > 1.5 * bins["keep_half"]
 
 
 def test_contrast_counts_groups_of_one_kind():

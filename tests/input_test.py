@@ -563,6 +563,19 @@ def test_a_run_trained_on_other_devices(finished, tmp_path):
     assert json.loads((workdir / "config.json").read_text()) == config
 
 
+def test_a_quality_head_with_a_checkpoint_that_has_none(finished, tmp_path):
+    """What a run made before heads were, or another experiment's config, would ask for."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    config["pruning"].update(rule="balance")
+    (workdir / "config.json").write_text(json.dumps(config))
+    assert sentence(load, str(workdir)) == (
+        f"checkpoint {workdir}/checkpoints/latest/4 has no 'quality/opt_state/0/count', which the state has; restore with "
+        "the config the checkpoint was made with, or use a new workdir."
+    )
+    assert load(str(finished))[2] == 4
+
+
 def largest(folder: pathlib.Path) -> pathlib.Path:
     """The file with the arrays."""
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
