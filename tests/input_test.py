@@ -305,6 +305,9 @@ def survival(rule="balance", **changes):
     (survival(weights="magic"), 1, "pruning.weights='magic' is unknown; known are inverse, none."),
     (survival(weights="inverse", advantage__name="grpo"), 1,
      "pruning.weights=inverse needs chances of surviving and pruning.rule=balance draws none; use another."),
+    (survival("random", weights="inverse", refork=True, columns=6), 1,
+     "pruning.weights=inverse weighs each survivor once and pruning.refork=True continues some of them several times; "
+     "use one of the two."),
     (survival("random", weights="inverse"), 1,
      "pruning.weights=inverse needs an estimator that weighs leaves, and advantage.name=branch_depthwise does not; use "
      "one of dr_grpo, grpo, rloo, or pruning.weights=none."),

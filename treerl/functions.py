@@ -223,6 +223,11 @@ def make_quality(config, late: int, width: int) -> tuple[Quality | None, int, in
         )
     if p.weights == "inverse" and p.rule == "balance":
         raise UserError("pruning.weights=inverse needs chances of surviving and pruning.rule=balance draws none; use another.")
+    if p.weights == "inverse" and p.refork:
+        raise UserError(
+            "pruning.weights=inverse weighs each survivor once and pruning.refork=True continues some of them several times; "
+            "use one of the two."
+        )
     quality = Quality(QualityHead(width, q.inner), optax.adam(q.learning_rate), q.epochs, q.bins, p.weights == "inverse")
     return quality, review_at, columns
 

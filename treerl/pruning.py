@@ -105,7 +105,7 @@ class Detected(NamedTuple):
     posterior: jax.Array  # float32, chance of a right answer by the calibration
     due: jax.Array  # bool, ran and had the detection length; the other fields mean something here alone
     keep: jax.Array  # bool, goes on
-    chance: jax.Array  # float32, of being kept, 1 where not due; of a slot that was forked anew, its parent's
+    chance: jax.Array  # float32, of being kept, 1 where not due
 
 
 def survival(judge: Callable, choose: Callable, *, detection, columns: int, rho, warm, refork: bool = False) -> Pruning:
@@ -143,7 +143,6 @@ def survival(judge: Callable, choose: Callable, *, detection, columns: int, rho,
             parent = jnp.take_along_axis(order, rank % jnp.maximum(count, 1), axis=1)
             born = empty & (rank < columns - room) & (count > 0) & ~warm
             fork = jnp.where(born, parent, -1)
-            chance = jnp.where(born, jnp.take_along_axis(chance, parent, axis=1), chance)
         reason = jnp.where(due & ~keep, DROPPED, 0).astype(jnp.int8)
         return Review(reason, fork, Detected(hidden, score, posterior, due, due & keep, chance))
 
