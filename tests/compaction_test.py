@@ -193,6 +193,11 @@ def test_the_place_in_the_batch_the_segments_and_the_lengths_do_not_change_a_tre
     for options in (dict(segment=4), dict(segment=1), dict(lengths=(5, 8, S))):
         other, _, _ = grow(logits, jnp.arange(B), rule="arrol_group", refork=True, columns=4, **options)
         chex.assert_trees_all_equal(other, whole)
+    later, _, seen = grow(logits, jnp.arange(B), rule="arrol_group", refork=True, columns=4, segment=3)
+    same, *_ = grow(logits, jnp.arange(B), rule="arrol_group", refork=True, columns=4, segment=6)
+    chex.assert_trees_all_equal(later, same)  # segments that do not divide the detection: the review comes after 6
+    ended = np.asarray(grow(logits, jnp.arange(B), columns=K)[0].leaf[..., 0]) + 1
+    np.testing.assert_array_equal(np.asarray(seen.record.due), ended > 6)
 
 
 def test_too_many_lines_for_the_small_pool_lose_nothing():

@@ -277,12 +277,20 @@ def survival(rule="balance", **changes):
     (dict(branching__rule="magic"), 1, "branching.rule='magic' is unknown; known are lookahead, stochastic."),
     (dict(pruning__rule="magic"), 1, "pruning.rule='magic' is unknown; known are arrol, arrol_group, balance, none, random, "
      "similarity."),
-    (survival(detection=16), 1,
-     "pruning.detection=16 must come before the end of an answer, sampler.answer_length=16, also when rounded up to "
-     "whole segments of sampler.segment=4; lower it."),
+    (survival(detection=6), 1,
+     "pruning.detection=6 puts the review after 16 iterations (branching.fill_after=6, whole segments of sampler.segment=4), "
+     "when answers of sampler.answer_length=16 have ended; lower one of the first three."),
     (survival(detection=13, branching__rule="stochastic"), 1,
-     "pruning.detection=13 must come before the end of an answer, sampler.answer_length=16, also when rounded up to "
-     "whole segments of sampler.segment=4; lower it."),
+     "pruning.detection=13 puts the review after 16 iterations (whole segments of sampler.segment=4), when answers of "
+     "sampler.answer_length=16 have ended; lower one of the first two."),
+    (survival("arrol", options=C.ConfigDict(dict(p_min="0.2"))), 1,
+     "pruning.options.p_min='0.2' is no float; set one such as 0.1."),
+    (survival("arrol", options=C.ConfigDict(dict(lam=-1.0))), 1,
+     "pruning.options: lam=-1.0 cannot work; set it to a number of 0 or more."),
+    (survival("arrol_group", options=C.ConfigDict(dict(lam=float("nan")))), 1,
+     "pruning.options: lam=nan cannot work; set it to a number of 0 or more."),
+    (survival("arrol", weights="inverse", options=C.ConfigDict(dict(p_min=0.0))), 1,
+     "pruning.weights=inverse divides by chances and p_min=0 of pruning.options allows none; raise p_min."),
     (survival("arrol", kappa=1.0), 1,
      "pruning.kappa=1.0 lies outside p_min=0.1 to p_max=0.9 of pruning.options, so no chances can have that mean; "
      "change either."),
@@ -311,8 +319,11 @@ def survival(rule="balance", **changes):
     (survival("random", weights="inverse"), 1,
      "pruning.weights=inverse needs an estimator that weighs leaves, and advantage.name=branch_depthwise does not; use "
      "one of dr_grpo, grpo, rloo, or pruning.weights=none."),
+    (dict(pruning__columns=4), 1,
+     "pruning.options, columns, refork and weights are read by survival rules, not by pruning.rule=similarity; set it to one "
+     "of arrol, arrol_group, balance, random, or leave them at their defaults."),
     (dict(pruning__refork=True), 1,
-     "pruning.options, refork and weights are read by survival rules, not by pruning.rule=similarity; set it to one of "
+     "pruning.options, columns, refork and weights are read by survival rules, not by pruning.rule=similarity; set it to one of "
      "arrol, arrol_group, balance, random, or leave them at their defaults."),
     (survival(rho=1.5), 1, "pruning.rho=1.5 cannot work; set it to a number from 0 to 1."),
     (survival(kappa=0.0), 1, "pruning.kappa=0.0 cannot work; set it to a number above 0, at most 1."),

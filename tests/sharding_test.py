@@ -281,6 +281,8 @@ CHANGES = dict(
     share=np.array([0.5], np.float32), share_from=np.array([1], np.int32),
     fill_after=np.int32(2), greedy=np.bool_(True),
     clip_low=np.float32(0.1), clip_high=np.float32(0.3), kl=np.float32(0.1), dual_clip=np.float32(3), importance_cap=np.float32(5),
+    detection=np.int32(3), kappa=np.float32(0.4), rho=np.float32(0.3), pruning_from=np.int32(7), smoothing=np.float32(2),
+    decay=np.float32(0.7),  # these once more with a rule that reads them: quality_test
 )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def default() -> ConfigDict:
             answer_length=16,  # S: rows of the tree, tokens of an answer with its end, at most
             temperature=1.0,  # divides the logits, in the sampler and in the learner
             top_p=1.0,  # share of the probability that may be drawn from; 1: all
-            segment=4,  # iterations between two tests for the end
+            segment=4,  # iterations between two tests for the end, and before the review of survival rules
             lengths=(),  # static row bounds before answer_length; each compiles the loop once more
         )
     )
@@ -71,12 +71,14 @@ def default() -> ConfigDict:
             rule="similarity",  # none, similarity, or survival at the detection length: arrol, arrol_group, balance, random
             windows=(4, 6),  # similarity: compare a child with its parent after so many tokens
             tau_ed=0.3,  # similarity: prune below this edit distance a token
-            detection=8,  # survival rules: tokens after which lines are scored and the survivors chosen
+            detection=4,  # survival rules: tokens that a line must have to be scored; the review of all lines comes when
+            #               the latest starts (branching.fill_after) can have them, at the end of a sampler.segment
             kappa=0.5,  # share of the lines of that length that survive; 1: all
             rho=0.5,  # share of right answers wanted among survivors
             options=ConfigDict(),  # keyword arguments of the survival rule: "{'lam': 1.0, 'p_min': 0.2, 'least': 1}"
-            columns=0,  # lines of a tree that run on at most, in a smaller pool; 0: kappa x slots, rounded up
-            refork=False,  # fill that room with new lines that continue survivors
+            columns=0,  # lines of a tree that run on at most, in a smaller pool; 0: kappa x slots, rounded up. Rules that
+            #             draw (arrol, arrol_group) cut what exceeds it and so keep less than kappa unless it is larger
+            refork=False,  # fill the room that survivors leave of it with new lines that continue them
             warmup_steps=20,  # steps in which the quality head learns and nothing is pruned
             weights="none",  # of survivors: none (they count alike), inverse (to their chance of surviving)
             backward="none",  # give credit to a part of the graded tree: none, width, depth, coverage; see treerl.thinning

@@ -139,9 +139,9 @@ class Experiment:
 
 def grow(fns: S.Fns, state, prompts, key, step, knobs) -> Grown:
     """Grows, grades and estimates the trees of a batch of prompts; traceable."""
-    tree, stats, _ = S.rollout(fns, state.params, prompts, key, step, knobs, quality=state.quality)
+    tree, stats, seen = S.rollout(fns, state.params, prompts, key, step, knobs, quality=state.quality)
     reward, shaped = S.grade(fns, tree, prompts)
-    credit, *_ = S.estimate(fns, state, tree, prompts, shaped, knobs, graded=reward)
+    credit, *_ = S.estimate(fns, state, tree, prompts, shaped, knobs, graded=reward, chance=S.survival_chance(fns, seen))
     if credit.ndim == 2:
         credit = jax.vmap(lambda t, x: T.up(t, x) / jnp.maximum(T.leaf_count(t), 1))(tree, credit)
     return Grown(tree, reward, credit, stats.forks, stats.pruned)

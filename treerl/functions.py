@@ -187,21 +187,27 @@ def make_quality(config, late: int, width: int) -> tuple[Quality | None, int, in
     p, s, q = config.pruning, config.sampler, config.quality
     known(p.weights, WEIGHTS, "pruning.weights")
     if p.rule not in survival.RULES:
-        if len(p.options) or p.refork or p.weights != "none":
+        if len(p.options) or p.refork or p.columns or p.weights != "none":
             raise UserError(
-                f"pruning.options, refork and weights are read by survival rules, not by pruning.rule={p.rule}; "
+                f"pruning.options, columns, refork and weights are read by survival rules, not by pruning.rule={p.rule}; "
                 f"set it to one of {', '.join(survival.RULES)}, or leave them at their defaults."
             )
         return None, 0, None
+    bind(survival.RULES[p.rule], p.options, "pruning.options", p.rule)
     bounds = {k: x.default for k, x in inspect.signature(survival.RULES[p.rule]).parameters.items()} | dict(p.options)
-    review_at, segment = p.detection + late, s.segment
-    if -(-review_at // segment) * segment >= s.answer_length + late or p.detection >= s.answer_length:
+    review_at = p.detection + late
+    rounded = -(-review_at // s.segment) * s.segment
+    if rounded >= s.answer_length:
+        wait = f"branching.fill_after={config.branching.fill_after}, " if late else ""
         raise UserError(
-            f"pruning.detection={p.detection} must come before the end of an answer, sampler.answer_length={s.answer_length}, "
-            f"also when rounded up to whole segments of sampler.segment={segment}; lower it."
+            f"pruning.detection={p.detection} puts the review after {rounded} iterations ({wait}whole segments of "
+            f"sampler.segment={s.segment}), when answers of sampler.answer_length={s.answer_length} have ended; lower "
+            f"one of the first {'three' if late else 'two'}."
         )
     if "p_min" in bounds:
-        low, high = bounds["p_min"], bounds["p_max"]
+        low, high, lam = bounds["p_min"], bounds["p_max"], bounds["lam"]
+        if not 0 <= lam < math.inf:
+            raise UserError(f"pruning.options: lam={lam!r} cannot work; set it to a number of 0 or more.")
         if not 0 <= low <= high <= 1:
             raise UserError(f"pruning.options: p_min={low!r} and p_max={high!r} must be chances, p_min the lower; mend either.")
         if not low <= p.kappa <= high:
@@ -223,6 +229,8 @@ def make_quality(config, late: int, width: int) -> tuple[Quality | None, int, in
         )
     if p.weights == "inverse" and p.rule == "balance":
         raise UserError("pruning.weights=inverse needs chances of surviving and pruning.rule=balance draws none; use another.")
+    if p.weights == "inverse" and bounds.get("p_min") == 0:
+        raise UserError("pruning.weights=inverse divides by chances and p_min=0 of pruning.options allows none; raise p_min.")
     if p.weights == "inverse" and p.refork:
         raise UserError(
             "pruning.weights=inverse weighs each survivor once and pruning.refork=True continues some of them several times; "

@@ -5,6 +5,8 @@ decodes the head of every slot, draws, lets the branching rule override and star
 and lets the pruning rule stop lines. Trees do not depend on each other, on their place in the
 batch or on the number of devices: every draw folds (key, example, line identity, row).
 
+(The review of `survival.arrol` alone compares the trees of a batch.)
+
 A rule may review all lines once. When few enough of each tree run after that, they go on in a smaller pool
 (`treerl.compaction`); what a line draws does not depend on the pool.
 """

@@ -179,6 +179,13 @@ def estimate(
     return credit, leaf_weight, memory, extras
 
 
+def survival_chance(fns: Fns, seen: sampler.Seen) -> jax.Array | None:
+    """Chance [B, L] of each leaf's line to have survived, 1 for lines that were not tested; None if they count alike."""
+    if fns.quality is None or not fns.quality.inverse:
+        return None
+    return jnp.where(seen.record.due, seen.record.chance, 1.0)
+
+
 def behavior(tree: T.Tree) -> jax.Array:
     """Log-prob of each token by what the sampler did; a forced token counts as drawn from the policy: [S, K]."""
     return jnp.where(tree.source == T.FORCED, tree.logp_policy, tree.logp_behavior)
@@ -323,7 +330,7 @@ def learn_quality(fns: Fns, quality: dict, seen: sampler.Seen, tree: T.Tree, rew
     metrics = dict(
         quality_loss=losses[0],
         quality_accuracy=masked.mean(right == (found.posterior > 0.5), told),
-        survivors=jnp.sum(found.keep) / jnp.maximum(jnp.sum(found.due), 1),
+        survivors=jnp.where(jnp.any(found.due), jnp.sum(found.keep) / jnp.maximum(jnp.sum(found.due), 1), 1.0),
     )
     return dict(params=params, opt_state=opt_state, table=table), metrics
 
@@ -343,9 +350,8 @@ def train_step(fns: Fns, state: TrainState, prompts: Prompts, knobs: dict) -> tu
     reward, shaped = grade(fns, tree, prompts)  # 2
     if fns.proximal == "learner":  # decoupled PPO: ratios start from the learner's own log-probs
         tree = tree.replace(logp_policy=cell_logps(fns, state.params, tree, prompts, knobs["temperature"]))
-    chance = seen.record.chance if fns.quality and fns.quality.inverse else None
     credit, leaf_weight, memory, extras = estimate(
-        fns, state, tree, prompts, shaped, knobs, graded=reward, chance=chance
+        fns, state, tree, prompts, shaped, knobs, graded=reward, chance=survival_chance(fns, seen)
     )  # 3
     cells, denominators = jax.vmap(lambda *tree: weigh(fns, *tree, knobs))(tree, credit, leaf_weight)  # 4
     cells = jax.vmap(lambda *tree: thin(fns, *tree, state.step))(tree, shaped, credit, cells)
