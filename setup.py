@@ -25,7 +25,7 @@ setup(
         "matplotlib",
         "tensorboardX",  # the format of event files, without TensorFlow
         "tqdm",
-        "safetensors",  # files of published weights
+        "safetensors>=0.5.3",  # files of published weights
         "numpy",
     ],
     extras_require={

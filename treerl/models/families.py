@@ -130,9 +130,9 @@ def to_hf(config: TransformerConfig) -> dict:
         found["max_position_embeddings"] = int(factor * original)
     if name != _GEMMA:
         return found | dict(hidden_act=act)
-    local = config.local or (False,) * config.layers
+    local, scalar = config.local or (False,) * config.layers, config.query_scalar or config.head_dim
     return found | dict(
-        hidden_activation=act, query_pre_attn_scalar=config.query_scalar or config.head_dim,
+        hidden_activation=act, query_pre_attn_scalar=int(scalar) if scalar == int(scalar) else scalar,
         layer_types=["sliding_attention" if x else "full_attention" for x in local],
         sliding_window=config.window, rope_local_base_freq=config.local_rope_theta,
     )  # fmt: skip

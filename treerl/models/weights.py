@@ -187,8 +187,9 @@ def _tied_copy(name: str, stored: dict, model: Model) -> bool:
     one, other = stored[name], stored["model.embed_tokens.weight"]
     if one.get_shape() != other.get_shape():
         return False
-    rows = range(0, model.config.vocab, 4096)
-    return all(np.array_equal(one[i : i + 4096], other[i : i + 4096]) for i in rows)
+    size = model.config.vocab
+    blocks = [slice(i, min(i + 4096, size)) for i in range(0, size, 4096)]
+    return all(np.array_equal(one[block], other[block]) for block in blocks)
 
 
 def _read(stored: dict, parts: list, leaf: tuple[int, ...], where: NamedSharding, layer=None) -> jax.Array:
