@@ -46,7 +46,7 @@ def fns(bin_tokens=ROWS + WIDTH, bins_per_step=2, **changes):
     )._replace(**changes)  # fmt: skip
     mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), AXES)
     return step.Fns(
-        sizes=sizes, model=MODEL, optimizer=None, mesh=mesh, branching=None, pruning=None, grader=None, advantage=None,
+        sizes=sizes, model=MODEL, optimizer=None, mesh=mesh, branching=None, pruning=None, quality=None, grader=None, advantage=None,
         objective=lambda knobs: lambda logp, bins: losses.ppo(
             logp, bins, clip_low=knobs["clip_low"], clip_high=knobs["clip_high"]
         ),
