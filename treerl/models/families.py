@@ -40,6 +40,7 @@ _ONLY = {
     "partial_rotary_factor": 1.0, "rope_interleaved": False,
 }  # fmt: skip
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_NAME_ONE = "name a folder with a model in Hugging Face's format."
 _SIZES = dict(
     vocab="vocab_size", layers="num_hidden_layers", width="hidden_size", heads="num_attention_heads",
     hidden="intermediate_size",
@@ -53,9 +54,9 @@ def read(folder: str) -> dict:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); name a folder with a model in Hugging Face's format.") from error
+        raise UserError(f"{path} cannot be read ({error}); {_NAME_ONE}") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object; name a folder with a model in Hugging Face's format.")
+        raise UserError(f"{path} holds no JSON object; {_NAME_ONE}")
     return found
 
 
@@ -139,11 +140,12 @@ def to_hf(config: TransformerConfig) -> dict:
 
 
 def _architecture(hf: dict) -> str:
-    names = hf.get("architectures") or [n for n, family in FAMILIES.items() if family.model_type == hf.get("model_type")]
+    kind = hf.get("model_type")
+    names = hf.get("architectures") or [name for name, family in FAMILIES.items() if family.model_type == kind]
     name = names[0] if isinstance(names, list) and names else None
     if name not in FAMILIES:
         raise UserError(
-            f"architecture {name or hf.get('model_type')!r} of config.json is unknown; known are {', '.join(FAMILIES)}."
+            f"architecture {name or kind!r} of config.json is unknown; known are {', '.join(FAMILIES)}."
         )
     return name
 

@@ -36,7 +36,7 @@ class Piece(NamedTuple):
         flat = part.transpose([i for group in self.order for i in group])
         return np.ascontiguousarray(flat.reshape(self.shape(leaf.shape)))
 
-    def read(self, stored, leaf: tuple[int, ...], index: tuple[range, ...]) -> tuple[tuple[slice, ...], np.ndarray] | None:
+    def read(self, stored, leaf: tuple[int, ...], index: tuple[range, ...]) -> tuple[tuple, np.ndarray] | None:
         """What this tensor has of the part `index` of a leaf; no more is read than whole runs of the first cut axis.
 
         Args:
@@ -94,7 +94,7 @@ def pieces(config: TransformerConfig) -> dict[tuple[str, ...], list[Piece]]:
     return found | {("blocks", *path): value for path, value in block.items()}
 
 
-def tensors(config: TransformerConfig, shapes) -> Iterator[tuple[str, tuple[str, ...], int | None, Piece, tuple[int, ...]]]:
+def tensors(config: TransformerConfig, shapes) -> Iterator[tuple]:
     """Every stored tensor: (name, path of its leaf, layer or None, piece, shape), a layer's together.
 
     Args:

@@ -177,7 +177,9 @@ def _check(folder: str, stored: dict, model: Model) -> None:
             )
     for name in stored:
         if name not in expected and not name.endswith("rotary_emb.inv_freq") and not _tied_copy(name, stored, model):
-            raise UserError(f"{folder} has a tensor {name}, which the model has not; use the config.json of these weights.")
+            raise UserError(
+                f"{folder} has a tensor {name}, which the model has not; use the config.json of these weights."
+            )
 
 
 def _tied_copy(name: str, stored: dict, model: Model) -> bool:
@@ -254,8 +256,8 @@ def _gatherer(params: Params, dtype: str):
     @functools.lru_cache(1)  # the pieces of a leaf follow each other
     def gather(path, i):
         leaf = layout.at(params, path)
-        placed = leaf.sharding
-        return np.asarray(program(sharding.replicated(placed.mesh) if isinstance(placed, NamedSharding) else None)(leaf, i))
+        meshed = isinstance(leaf.sharding, NamedSharding)
+        return np.asarray(program(sharding.replicated(leaf.sharding.mesh) if meshed else None)(leaf, i))
 
     return gather
 
