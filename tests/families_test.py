@@ -154,6 +154,8 @@ def test_what_a_config_json_says():
     new = {k: v for k, v in O.CONFIGS["llama3"].items() if not k.startswith("rope")}
     new["rope_parameters"] = dict(O.CONFIGS["llama3"]["rope_scaling"], rope_theta=500.0)
     assert families.fields(new) == llama
+    # the extended context, which only the scaling tells of a model without a source
+    assert families.to_hf(TransformerConfig(**llama))["max_position_embeddings"] == 8 * 32
 
 
 @pytest.mark.parametrize("preset", PRESETS)
