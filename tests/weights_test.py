@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 import families_oracle as O
 import jax
@@ -142,7 +143,17 @@ def main(folder: pathlib.Path):
     model = model_in(folder / "in")
     want = weights.load(str(folder / "in"), model)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    params = weights.load(str(folder / "in"), model, mesh)
+    whole, part = {}, {}  # elements of each layer of a leaf, and of what one device has read of it
+
+    def read(stored, parts, leaf, *args):
+        got = read_of(stored, parts, leaf, *args)
+        whole[parts[0].name], part[parts[0].name] = got.size, got.addressable_shards[0].data.size
+        return got
+
+    read_of = weights._read
+    with mock.patch.object(weights, "_read", read):
+        params = weights.load(str(folder / "in"), model, mesh)
+    assert all(whole[name] == 4 * part[name] for name in whole if "_proj.weight" in name), part
     placed = sharding.parameter_shardings(mesh, model.axes(), model.shapes())
 
     def check(path, got, want, where):
@@ -156,7 +167,7 @@ def main(folder: pathlib.Path):
     weights.save(str(folder / "out"), params, model, file_bytes=10_000)
 
 
-def test_a_device_reads_its_own_part_alone(tmp_path, monkeypatch):
+def test_a_device_reads_its_own_part_alone():
     """What `Piece.read` asks a file for, of the part of qkv that one of four devices holds."""
     from treerl.models import layout
 
