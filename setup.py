@@ -25,13 +25,14 @@ setup(
         "matplotlib",
         "tensorboardX",  # the format of event files, without TensorFlow
         "tqdm",
+        "safetensors>=0.5.3",  # files of published weights
         "numpy",
     ],
     extras_require={
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "test": ["pytest", "pytest-xdist"],
-        "hf": ["tokenizers", "safetensors", "transformers", "gguf"],
+        "hf": ["tokenizers", "transformers", "gguf"],
         "notebooks": ["jupyter", "nbconvert", "ipykernel"],
     },
 )

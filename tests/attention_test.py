@@ -23,13 +23,14 @@ def inputs(seed, *, used=S, dtype=jnp.float32):
     return normal(B, G, K, R, D), cache, jnp.asarray([P, 7, 1]), jnp.asarray(path, jnp.int32)
 
 
-def walk(q, cache, length, path):
-    """Softmax over the prompt and the cells of the path, one query at a time, in float64."""
+def walk(q, cache, length, path, window=P + S):
+    """Softmax over the last `window` tokens of the prompt and the path, one query at a time, in float64."""
     prompt_k, prompt_v, pool_k, pool_v = (np.asarray(x, np.float64) for x in cache)
     q, out = np.asarray(q, np.float64), np.zeros(q.shape)
     for b, g, k, r in np.ndindex(q.shape[:-1]):
         rows = [s for s in range(S) if path[b, k, s] >= 0]
-        on = lambda prompt, pool: np.array(list(prompt[b, g, : length[b]]) + [pool[b, g, path[b, k, s], s] for s in rows])
+        line = lambda prompt, pool: list(prompt[b, g, : length[b]]) + [pool[b, g, path[b, k, s], s] for s in rows]
+        on = lambda prompt, pool: np.array(line(prompt, pool)[-window:])
         score = on(prompt_k, pool_k) @ q[b, g, k, r] / D**0.5
         weight = np.exp(score - score.max())
         out[b, g, k, r] = weight / weight.sum() @ on(prompt_v, pool_v)
@@ -49,6 +50,29 @@ def test_kernels_equal_a_walk_along_the_path(name, used):
     q, cache, length, path = inputs(used, used=used)
     got = jax.jit(KERNELS[name], static_argnums=4)(q, cache, length, path, used)
     np.testing.assert_allclose(got, walk(q, cache, np.asarray(length), np.asarray(path)), atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [1, 6, 25, P + S])
+def test_a_window_leaves_the_last_positions(window):
+    q, cache, length, path = inputs(3)
+    row = jnp.sum(path >= 0, axis=-1) - 1
+    got = jax.jit(attention.dense, static_argnums=4)(q, cache, length, path, S, row, jnp.int32(window))
+    np.testing.assert_allclose(got, walk(q, cache, np.asarray(length), np.asarray(path), window), atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [1, 3, 40])
+def test_windows_hide_alike_in_rows_and_in_bins(window):
+    """A chain alone in a bin is a row; what lies beyond the window gets exactly no gradient."""
+    rng = np.random.default_rng(window)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 40, n, D)), jnp.float32) for n in (4, 2, 2))
+    index = jnp.arange(40)[None]
+    row, bin_ = attention.causal(jnp.array([40])), attention.packed(jnp.full((1, 40), 40), index, block=16)
+    np.testing.assert_allclose(row(q, k, v, None, window)[0], bin_(q, k, v, None, window)[0], atol=2e-6)
+    for attend in (row, bin_):
+        reads = jax.jacobian(lambda v: jnp.sum(attend(q, k, v, None, jnp.int32(window))[0], (0, 2, 3)))(v)
+        reads = np.any(np.asarray(reads) != 0, axis=(1, 3, 4))  # [query, key]
+        behind = np.arange(40)[:, None] - np.arange(40)
+        np.testing.assert_array_equal(reads, (behind >= 0) & (behind < window))
 
 
 @pytest.mark.parametrize("name", KERNELS)

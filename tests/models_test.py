@@ -8,7 +8,7 @@ import pytest
 
 from treerl import attention
 from treerl.models.presets import PRESETS
-from treerl.models.transformer import Model, TransformerConfig
+from treerl.models.transformer import Llama3Scaling, Model, TransformerConfig, frequencies
 
 TINY = TransformerConfig(
     vocab=11, layers=3, width=12, heads=6, kv_heads=2, head_dim=4, hidden=20, rope_theta=500.0, norm_eps=1e-3
@@ -92,6 +92,21 @@ def test_shapes_axes_and_parameters_agree():
         names = jax.tree.leaves(model.axes(), is_leaf=lambda x: isinstance(x, tuple))
         sizes = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
         assert all(len(size) - len(name) in (0, 1) for name, size in zip(names, sizes, strict=True))
+
+
+def test_llama3_scaling_slows_long_wavelengths_alone():
+    """Llama 3.1's own numbers, by the three cases of `_compute_llama3_parameters` in transformers."""
+    theta, size, scaling = 500_000.0, 128, Llama3Scaling(8.0, 1.0, 4.0, 8192)
+    got, cases = np.asarray(frequencies(size, theta, scaling)), set()
+    for i in range(size // 2):
+        plain = theta ** (-i / (size // 2))
+        length = 2 * np.pi / plain
+        smooth = (8192 / length - 1) / (4 - 1)
+        case = "short" if length < 8192 / 4 else "long" if length > 8192 else "between"
+        want = {"short": plain, "long": plain / 8, "between": (1 - smooth) * plain / 8 + smooth * plain}[case]
+        assert got[i] == pytest.approx(want, rel=1e-5), i
+        cases.add(case)
+    assert len(cases) == 3
 
 
 def test_remat_changes_no_gradient():

@@ -1,7 +1,9 @@
 """Attention over a prompt, over a pool of tree cells (sampler) and over packed trees (learner).
 
-Each maker returns `attend(q, k, v, cache) -> (out, cache)` for one layer, with q [B, T, H, d],
-k and v [B, T, G, d] and out [B, T, H, d]; kernels can take their place behind this signature.
+Each maker returns `attend(q, k, v, cache, window=None) -> (out, cache)` for one layer, with q
+[B, T, H, d], k and v [B, T, G, d] and out [B, T, H, d]; kernels can take their place behind this
+signature. A window (int32 scalar, may be traced: layers of one program differ in it) leaves a query
+those keys that lie fewer positions before it; None leaves all.
 """
 from typing import Callable
 
@@ -20,21 +22,24 @@ Attend = Callable
 def causal(length: jax.Array) -> Attend:
     """Attention within right-padded rows [B, T]; the cache returned is (k, v) of every position."""
 
-    def attend(q, k, v, cache):
+    def attend(q, k, v, cache, window=None):
         del cache
-        seen = jnp.arange(q.shape[1])[None] < length[:, None]
+        seen, index = jnp.arange(q.shape[1])[None] < length[:, None], jnp.arange(q.shape[1])
         mask = jnp.tril(jnp.ones((q.shape[1],) * 2, bool))[None, None] & seen[:, None, None]
+        if window is not None:
+            mask &= index[:, None] - index < window
         return jax.nn.dot_product_attention(q, k, v, mask=mask), (k, v)
 
     return attend
 
 
-def packed(stop: jax.Array, block: int = 64) -> Attend:
+def packed(stop: jax.Array, position: jax.Array | None = None, *, block: int = 64) -> Attend:
     """Attention within bins of depth-first tokens: q sees k iff k <= q < stop[k].
 
     stop [N, C] is the index one past the last token of each token's subtree, so the test admits
     exactly a token's ancestors and itself (a whole tree's cells and its prompt included), and
-    never a sibling's tokens or another tree's.
+    never a sibling's tokens or another tree's. position [N, C] is what a window counts in: between
+    a token and its ancestor in a bin may lie siblings.
 
     On a GPU, half-precision heads go through cuDNN's flash attention: scores never reach memory,
     the mask of a bin does. Elsewhere queries go in static blocks, each against the keys up to its
@@ -44,20 +49,23 @@ def packed(stop: jax.Array, block: int = 64) -> Attend:
     size = stop.shape[1]
     block = max(block, -(-size // 4))
 
-    def mask(start, end):
+    def mask(start, end, window):
         query, key = jnp.arange(start, end)[:, None], jnp.arange(end)
         seen = (key <= query) & (query < stop[:, None, :end])
+        if window is not None:
+            seen &= position[:, start:end, None] - position[:, None, :end] < window
         return (seen | (key == query))[:, None]  # padding sees itself: no empty row
 
-    def attend(q, k, v, cache):
+    def attend(q, k, v, cache, window=None):
         half = q.dtype in (jnp.bfloat16, jnp.float16)
         if jax.default_backend() == "gpu" and half and size % 64 == 0 and q.shape[-1] in (64, 128):
-            flash = dict(mask=mask(0, size), implementation="cudnn")
+            flash = dict(mask=mask(0, size, window), implementation="cudnn")
             return jax.nn.dot_product_attention(q, k, v, **flash), cache
         out = []
         for start in range(0, size, block):
             end = min(start + block, size)
-            out.append(jax.nn.dot_product_attention(q[:, start:end], k[:, :end], v[:, :end], mask=mask(start, end)))
+            seen = mask(start, end, window)
+            out.append(jax.nn.dot_product_attention(q[:, start:end], k[:, :end], v[:, :end], mask=seen))
         return jnp.concatenate(out, axis=1), cache
 
     return attend
@@ -75,13 +83,13 @@ def pool(
     Args:
       prompt_length: [B]. path: [B, K, S], column of each ancestor, the head included, -1
       elsewhere. row: [B, K], row of the head. write: [B, K] bool. rows: bounds every row in use
-      (static). form: `dense` or `fused`, see `kernel`.
+      (static). form: `dense` or `fused`, see `kernel`; with windows `dense`.
     """
     _, slots, depth = path.shape
     own = jnp.arange(slots)
     target = jnp.where(write, row, depth)  # out of range: dropped
 
-    def attend(q, k, v, cache):
+    def attend(q, k, v, cache, window=None):
         prompt_k, prompt_v, pool_k, pool_v = cache
         # a tree at a time, so that the partitioner sees that trees are independent
         put = jax.vmap(lambda pool, new, row: pool.at[:, own, row].set(new.swapaxes(0, 1), mode="drop"))
@@ -89,19 +97,21 @@ def pool(
         pool_v = put(pool_v, v.astype(pool_v.dtype), target)
         q = rearrange(q, "b k (g r) d -> b g k r d", g=k.shape[2])
         cache = prompt_k, prompt_v, pool_k, pool_v
-        out = form(q, cache, prompt_length, path, rows)
+        near = () if window is None else (row, window)
+        out = form(q, cache, prompt_length, path, rows, *near)
         return rearrange(out.astype(v.dtype), "b g k r d -> b k (g r) d"), cache
 
     return attend
 
 
-def dense(q, cache, prompt_length, path, rows):
+def dense(q, cache, prompt_length, path, rows, row=None, window=None):
     """Every slot scores every cell of the first `rows` rows under an ancestor mask, in XLA.
 
     Prompt and pool are merged by a shared softmax.
 
     Args:
-      q: [B, G, K, R, d], R query heads to a key head. The rest: see `pool`.
+      q: [B, G, K, R, d], R query heads to a key head. window: of the layer, counted from each
+        head's row; None: everything is near. The rest: see `pool`.
 
     Returns:
       float32 [B, G, K, R, d].
@@ -112,8 +122,12 @@ def dense(q, cache, prompt_length, path, rows):
     lowest = jnp.finfo(jnp.float32).min
     f32 = dict(preferred_element_type=jnp.float32)
     on_prompt = jnp.einsum("bgkrd,bgpd->bgkrp", q, prompt_k, **f32)
-    real = jnp.arange(prompt_k.shape[2]) < prompt_length[:, None]
-    on_prompt = jnp.where(real[:, None, None, None], on_prompt, lowest)
+    real = (jnp.arange(prompt_k.shape[2]) < prompt_length[:, None])[:, None]  # [B, 1 or K, P]
+    if window is not None:
+        place = (prompt_length[:, None] + row)[..., None]  # of each head, from the prompt's first token
+        real &= place - jnp.arange(prompt_k.shape[2]) < window
+        ancestor &= (row[..., None] - jnp.arange(rows) < window)[:, :, None]
+    on_prompt = jnp.where(real[:, None, :, None], on_prompt, lowest)
     on_pool = jnp.einsum("bgkrd,bgjsd->bgkrjs", q, pool_k[:, :, :, :rows], **f32)
     on_pool = jnp.where(ancestor[:, None, :, None], on_pool, lowest)
     top = jnp.maximum(on_prompt.max(-1), on_pool.max((-1, -2)))

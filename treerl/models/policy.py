@@ -15,11 +15,14 @@ def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Me
     Args:
       slots, rows: K and S, the size of the pool of keys and values of a tree.
       mesh: of the parameters; None is one device.
+
+    Local layers whose window is shorter than a prompt and its answer use the `dense` form: the
+    fused kernel knows which cells are ancestors, not how far away they are.
     """
     module = model.merge(params)
     apply, layers = module.layers()
     config = model.config
-    form = attention.kernel(config.head_dim, mesh)
+    local = config.local or (False,) * config.layers
 
     def prefill(token, length):
         batch, width = token.shape
@@ -33,12 +36,15 @@ def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Me
 
     def decode(cache, token, row, path, write, rows):
         length, last, _, caches = cache
+        views = module.views(length[:, None] + row, caches[0][0].shape[2] + path.shape[2])
+        hides = views[0][1] is not None
+        form = attention.dense if hides else attention.kernel(config.head_dim, mesh)
         attend = attention.pool(length, path, row, write, rows, form)
-        x, angles = module.embed(token), module.angles(length[:, None] + row)
-        block = jax.jit(lambda weights, x, cache: apply(weights, x, angles, attend, cache))  # traced once
-        new = []
-        for weights, cache in zip(layers, caches):
-            x, cache = block(weights, x, cache)
+        # traced once: what differs between layers comes in as data
+        block = jax.jit(lambda weights, x, cache, view: apply(weights, x, view[0], attend, cache, view[1]))
+        x, new = module.embed(token), []
+        for weights, cache, is_local in zip(layers, caches, local):
+            x, cache = block(weights, x, cache, views[is_local])
             new.append(cache)
         hidden = jnp.where(row[..., None] < 0, last, module.final_norm(x))
         return module.logits(hidden), (length, last, hidden, new)
@@ -60,7 +66,7 @@ def packed_hidden(model: Model, params: Params, token, position, stop, *, remat:
       token, position, stop: [N, C] int32, see `packing.Bins`.
     """
     module = model.merge(params)
-    hidden, _ = module(token, position, attention.packed(stop), remat=remat)
+    hidden, _ = module(token, position, attention.packed(stop, position), remat=remat)
     return module, hidden
 
 

@@ -1,10 +1,12 @@
-"""A decoder-only transformer of the Qwen / Llama family in Flax NNX.
+"""A decoder-only transformer of the Qwen, Llama and Gemma families in Flax NNX.
 
 One forward serves prefill, decoding and the packed learner: what differs is the `attend`
 function that each passes in (`treerl.attention`). The blocks are stacked along a leading layer
-axis and scanned, so compile time does not grow with depth.
+axis and scanned, so compile time does not grow with depth; what else differs between layers
+(local or global attention) is scanned beside them.
 """
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +16,21 @@ from flax import nnx
 from treerl.errors import UserError
 
 
+class Llama3Scaling(NamedTuple):
+    """How Llama 3.1 and later slow long rotary wavelengths down, see `frequencies`."""
+
+    factor: float  # wavelengths far above `original` grow by it
+    low: float  # wavelengths above original / low grow by the whole factor ...
+    high: float  # ... and below original / high not at all
+    original: int  # tokens of the context before the extension
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Shape and switches of a model; the sizes of known models are in `presets`."""
+    """Shape and switches of a model; the sizes of known models are in `presets`, `families` reads a config.json."""
 
     vocab: int
     layers: int
@@ -30,6 +44,15 @@ class TransformerConfig:
     qk_norm: bool = False  # Qwen3
     qkv_bias: bool = False  # Qwen2
     tied: bool = True  # output projection is the embedding
+    rope_scaling: Llama3Scaling | None = None  # Llama 3.1 and later
+    activation: str = "silu"  # of the MLP's gate, see ACTIVATIONS; gelu_tanh: Gemma
+    embed_scale: bool = False  # embeddings times sqrt(width) (Gemma)
+    norm_plus_one: bool = False  # norms multiply by 1 + their weights (Gemma)
+    post_norms: bool = False  # norms after attention and MLP too (Gemma)
+    query_scalar: float | None = None  # scores are divided by its root; None: head_dim (Gemma)
+    local: tuple[bool, ...] = ()  # which layers see only the last `window` positions (Gemma); (): none
+    window: int = 0  # positions that a local layer sees, the query's own included
+    local_rope_theta: float = 10_000.0  # rope_theta of local layers; never scaled
     dtype: str = "float32"  # of activations, and of weights as they are used
     param_dtype: str = "float32"  # of weights as they are stored and updated
 
@@ -41,6 +64,15 @@ class TransformerConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim={self.head_dim} is odd; rotary positions need it even.")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"model.activation={self.activation!r} is unknown; known are {', '.join(ACTIVATIONS)}.")
+        if self.local and len(self.local) != self.layers:
+            raise UserError(
+                f"model.local says which of {len(self.local)} layers are local, model.layers={self.layers}; "
+                "give one entry a layer."
+            )
+        if any(self.local) and self.window < 1:
+            raise UserError(f"model.window={self.window} cannot work with local layers; set it to 1 or more.")
 
     def products(self):
         """A context for matrix products: float32 means float32, not TF32 or passes of bfloat16."""
@@ -57,22 +89,38 @@ class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last axis, computed in float32."""
 
     def __init__(self, size, config, axes=("norm",)):
-        self.scale = nnx.Param(jnp.ones((size,), config.param_dtype), axes=axes)
-        self.eps = config.norm_eps
+        start = jnp.zeros if config.norm_plus_one else jnp.ones
+        self.scale = nnx.Param(start((size,), config.param_dtype), axes=axes)
+        self.eps, self.offset = config.norm_eps, config.norm_plus_one
 
     def __call__(self, x):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        scale = self.scale[...].astype(jnp.float32)
+        return (y * (1 + scale if self.offset else scale)).astype(x.dtype)
 
 
-def rotary(position: jax.Array, size: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the rotary angles: position [B, T] -> two of float32 [B, T, 1, size / 2].
+def frequencies(size: int, theta: float, scaling: Llama3Scaling | None = None) -> jax.Array:
+    """Radians a position by which each pair of a head's dimensions turns: float32 [size / 2].
+
+    With `scaling`, wavelengths above original / low are `factor` times longer and those between there and
+    original / high partly, linear in original / wavelength (`_compute_llama3_parameters` of transformers).
+    """
+    half = size // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is None:
+        return frequency
+    turns = scaling.original * frequency / (2 * jnp.pi)  # within the original context
+    kept = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+    return frequency * (kept + (1 - kept) / scaling.factor)
+
+
+def rotary(position: jax.Array, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of the rotary angles: position [B, T], frequency [d / 2] -> two of float32 [B, T, 1, d / 2].
 
     Computed once a forward, behind a barrier: fused into every use they cost more than the layers.
     """
-    half = size // 2
-    angle = position[..., None, None] * theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position[..., None, None] * frequency
     return jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
 
 
@@ -84,7 +132,7 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and gated MLP."""
+    """Pre-norm attention and gated MLP, each followed by a norm of its own with `post_norms`."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         c, d = config, config.width
@@ -101,13 +149,15 @@ class Block(nnx.Module):
             self.qkv_bias = nnx.Param(jnp.zeros((c.kv_heads, group, c.head_dim), c.param_dtype), axes=names)
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c), RMSNorm(c.head_dim, c)
+        if c.post_norms:
+            self.attention_out_norm, self.mlp_out_norm = RMSNorm(d, c), RMSNorm(d, c)
 
-    def __call__(self, x, angles, attend, cache):
-        """x [B, T, D], angles of `rotary` -> (x, cache) of this layer."""
+    def __call__(self, x, angles, attend, cache, window=None):
+        """x [B, T, D], angles of `rotary` -> (x, cache) of this layer; window: see `Transformer.views`."""
         with self.config.products():
-            return self._forward(x, angles, attend, cache)
+            return self._forward(x, angles, attend, cache, window)
 
-    def _forward(self, x, angles, attend, cache):
+    def _forward(self, x, angles, attend, cache, window):
         c, h = self.config, self.attention_norm(x)
         qkv = jnp.einsum("btd,dgrh->btgrh", h, self.qkv[...])
         if c.qkv_bias:
@@ -116,11 +166,14 @@ class Block(nnx.Module):
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, angles), rotate(k, angles)
-        attended, cache = attend(q, k, v, cache)
-        x = x + jnp.einsum("bthk,hkd->btd", attended, self.out[...])
-        h = self.mlp_norm(x)
-        h = jnp.einsum("btd,dch->btch", h, self.gate_up[...])
-        return x + (jax.nn.silu(h[..., 0, :]) * h[..., 1, :]) @ self.down[...], cache
+        if c.query_scalar not in (None, c.head_dim):
+            q = q * (c.head_dim / c.query_scalar) ** 0.5  # attention divides scores by the root of head_dim
+        attended, cache = attend(q, k, v, cache, window)
+        h = jnp.einsum("bthk,hkd->btd", attended, self.out[...])
+        x = x + (self.attention_out_norm(h) if c.post_norms else h)
+        h = jnp.einsum("btd,dch->btch", self.mlp_norm(x), self.gate_up[...])
+        h = (ACTIVATIONS[c.activation](h[..., 0, :]) * h[..., 1, :]) @ self.down[...]
+        return x + (self.mlp_out_norm(h) if c.post_norms else h), cache
 
 
 class Transformer(nnx.Module):
@@ -138,11 +191,31 @@ class Transformer(nnx.Module):
 
     def embed(self, token):
         """token [B, T] -> [B, T, D]."""
-        return self.embedding[...][token].astype(self.config.dtype)
+        x = self.embedding[...][token].astype(self.config.dtype)
+        # the factor too is rounded to the dtype, as transformers does
+        return x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.embed_scale else x
 
     def angles(self, position):
-        """Rotary angles of positions [B, T], for the blocks."""
-        return rotary(position, self.config.head_dim, self.config.rope_theta)
+        """Rotary angles of positions [B, T], for the global layers."""
+        c = self.config
+        return rotary(position, frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+
+    def views(self, position, reach: int):
+        """How global layers look at positions [B, T], and how local ones do, in a model that has them.
+
+        Args:
+          reach: positions from a token's first ancestor to itself, at most (static).
+
+        Returns:
+          [(angles, window)] of one or two; windows count the positions in sight, the query's own
+          included, and are None where none is as short as to hide something within `reach`.
+        """
+        c, all_seen = self.config, (self.angles(position), None)
+        if not any(c.local):
+            return [all_seen]
+        local = rotary(position, frequencies(c.head_dim, c.local_rope_theta))
+        windows = (reach, c.window) if c.window < reach else (None, None)
+        return list(zip((all_seen[0], local), windows))
 
     def __call__(self, token, position, attend, caches=None, *, remat=False):
         """Runs all layers by a scan.
@@ -156,21 +229,26 @@ class Transformer(nnx.Module):
           (hidden [B, T, D], normalised and ready for `logits`; caches with a layer axis).
         """
         definition, weights = nnx.split(self.blocks)
-        angles = self.angles(position)
+        views = self.views(position, token.shape[1])
+        view, local = views[0], None
+        if len(views) > 1:
+            views = jax.tree.map(lambda *x: jnp.stack(x), *views)
+            local = jnp.asarray(self.config.local, jnp.int32)
 
         def layer(x, inputs):
-            weights, cache = inputs
-            return nnx.merge(definition, weights)(x, angles, attend, cache)
+            weights, cache, local = inputs
+            angles, window = view if local is None else jax.tree.map(lambda x: x[local], views)
+            return nnx.merge(definition, weights)(x, angles, attend, cache, window)
 
         layer = jax.checkpoint(layer) if remat else layer
-        x, caches = jax.lax.scan(layer, self.embed(token), (weights, caches))
+        x, caches = jax.lax.scan(layer, self.embed(token), (weights, caches, local))
         return self.final_norm(x), caches
 
     def layers(self):
         """The blocks one by one, for a loop that must not slice stacked weights every step.
 
         Returns:
-          (apply(weights, x, angles, attend, cache) -> (x, cache), list of the layers' weights).
+          (apply(weights, x, angles, attend, cache, window=None) -> (x, cache), list of the layers' weights).
         """
         definition, weights = nnx.split(self.blocks)
         apply = lambda weights, *args: nnx.merge(definition, weights)(*args)
