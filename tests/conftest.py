@@ -1,4 +1,10 @@
-"""Set before JAX starts: tests compile hundreds of small programs that each run once."""
+"""Set before JAX starts: tests compile hundreds of small programs that each run once, so none of them is stored."""
 import os
 
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+import jax  # noqa: E402
+
+# In this process alone: programs that tests start keep their cache. Storing one of these programs once ended in a
+# segmentation fault of the CPU's serialiser (jax 0.10).
+jax.config.update("jax_enable_compilation_cache", False)

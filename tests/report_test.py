@@ -77,7 +77,7 @@ def test_report_draws_the_metrics_that_exist(tmp_path):
 
 
 def test_every_metric_of_a_step_is_drawn_once_and_no_group_is_for_none(tmp_path):
-    tiny = Tiny(one_device(), kl=0.1, pruning=dict(rule="balance", detection=4))
+    tiny = Tiny(one_device(), kl=0.1, pruning=dict(rule="balance", detection=4), branching=dict(rule="stochastic"))
     step = functools.partial(S.train_step, tiny.fns)
     _, values = jax.eval_shape(step, tiny.state(), tiny.prompts(), tiny.knobs)
     names = [*values, "pass@1", "pass@8", "majority@8", "weighted@8", "seconds"]  # what train adds
