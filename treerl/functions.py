@@ -51,6 +51,7 @@ class Sizes(NamedTuple):
 class Quality(NamedTuple):
     """The head that survival rules read, and how it learns."""
 
+    choose: Callable  # rule of `survival` that reads its scores, with its options
     head: QualityHead
     optimizer: optax.GradientTransformation
     epochs: int
@@ -89,11 +90,11 @@ def known(name: str, table, field: str):
     return table[name] if isinstance(table, dict) else name
 
 
-def bind(function: Callable, options, field: str, chosen: str) -> Callable:
-    """A function with options, its keyword-only arguments, checked against the types of their defaults."""
+def bind(function: Callable, options, field: str, chosen: str, given: tuple[str, ...] = ()) -> Callable:
+    """A function with options, its keyword-only arguments but those given elsewhere, checked against the types of their defaults."""
     hints = typing.get_type_hints(function)
     parameters = inspect.signature(function).parameters.items()
-    keywords = {k: p.default for k, p in parameters if p.kind is p.KEYWORD_ONLY and k not in ("kappa", "rho", "capacity")}
+    keywords = {k: p.default for k, p in parameters if p.kind is p.KEYWORD_ONLY and k not in given}
     for option, value in options.items():
         if option not in keywords:
             names = ", ".join(sorted(keywords)) or "none"
@@ -193,8 +194,8 @@ def make_quality(config, late: int, width: int) -> tuple[Quality | None, int, in
                 f"set it to one of {', '.join(survival.RULES)}, or leave them at their defaults."
             )
         return None, 0, None
-    bind(survival.RULES[p.rule], p.options, "pruning.options", p.rule)
-    bounds = {k: x.default for k, x in inspect.signature(survival.RULES[p.rule]).parameters.items()} | dict(p.options)
+    choose = bind(survival.RULES[p.rule], p.options, "pruning.options", p.rule, ("kappa", "rho", "capacity"))
+    bounds = {name: x.default for name, x in inspect.signature(choose).parameters.items()}
     review_at = p.detection + late
     rounded = -(-review_at // s.segment) * s.segment
     if rounded >= s.answer_length:
@@ -236,8 +237,8 @@ def make_quality(config, late: int, width: int) -> tuple[Quality | None, int, in
             "pruning.weights=inverse weighs each survivor once and pruning.refork=True continues some of them several times; "
             "use one of the two."
         )
-    quality = Quality(QualityHead(width, q.inner), optax.adam(q.learning_rate), q.epochs, q.bins, p.weights == "inverse")
-    return quality, review_at, columns
+    head, optimizer = QualityHead(width, q.inner), optax.adam(q.learning_rate)
+    return Quality(choose, head, optimizer, q.epochs, q.bins, p.weights == "inverse"), review_at, columns
 
 
 def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
@@ -263,23 +264,20 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
     model = Model(TransformerConfig(vocab=task.tokenizer.vocab_size, **config.model))
     quality, review_at, columns = make_quality(config, budget - s.answer_length, model.config.width)
 
-    def survive(choose):
-        def rule(knobs, step, quality_state):
-            def judge(hidden):
-                score = quality.head.score(quality_state["params"], hidden)
-                return score, survival.posterior(quality_state["table"], score, smoothing=knobs["smoothing"])
+    def survive(knobs, step, quality_state):
+        def judge(hidden):
+            score = quality.head.score(quality_state["params"], hidden)
+            return score, survival.posterior(quality_state["table"], score, smoothing=knobs["smoothing"])
 
-            return pruning.survival(
-                judge, functools.partial(choose, kappa=knobs["kappa"], rho=knobs["rho"]), detection=knobs["detection"],
-                columns=columns, rho=knobs["rho"], warm=step < knobs["pruning_from"], refork=p.refork,
-            )  # fmt: skip
-
-        return rule
+        return pruning.survival(
+            judge, functools.partial(quality.choose, kappa=knobs["kappa"], rho=knobs["rho"]), detection=knobs["detection"],
+            columns=columns, rho=knobs["rho"], warm=step < knobs["pruning_from"], refork=p.refork,
+        )  # fmt: skip
 
     prunings = {
         "none": lambda knobs, *_: pruning.none(),
         "similarity": lambda knobs, *_: pruning.similarity(windows=windows, tau_ed=knobs["tau_ed"]),
-    } | {name: survive(bind(rule, p.options, "pruning.options", name)) for name, rule in survival.RULES.items() if name == p.rule}
+    } | dict.fromkeys(survival.RULES, survive)
     if s.prompts % sharding.tree_shards(mesh):
         shards = sharding.tree_shards(mesh)
         raise UserError(
@@ -310,14 +308,15 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
         raise UserError("pruning.backward_options are given without a rule; set pruning.backward, or no options.")
     fns = Fns(
         sizes=Sizes(
-            slots=s.slots, rows=s.answer_length, budget=budget, review_at=review_at, columns=columns, segment=s.segment, lengths=tuple(s.lengths) + (s.answer_length,), bin_tokens=l.bin_tokens,
+            slots=s.slots, rows=s.answer_length, budget=budget, review_at=review_at, columns=columns,
+            segment=s.segment, lengths=tuple(s.lengths) + (s.answer_length,), bin_tokens=l.bin_tokens,
             bins_per_step=l.bins_per_step, epochs=l.epochs, vocab_chunk=l.vocab_chunk, remat=l.remat,
         ),
         model=model,
         optimizer=optax.with_extra_args_support(optimizer or make_optimizer(config.optimizer, config.steps * l.epochs)),
         mesh=mesh,
         branching=known(b.rule, branchings, "branching.rule"),
-        pruning=known(p.rule, dict.fromkeys(survival.RULES) | prunings, "pruning.rule"),
+        pruning=known(p.rule, prunings, "pruning.rule"),
         quality=quality,
         grader=task.grade,
         advantage=advantage,

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from treerl.tree import DROPPED, SIMILAR
 from treerl.types import ACTIVE, FREE, Lines, Pruning, Review
 
+REVIEW = 0x7EE  # folded into a tree's key for the draws of its review; lines fold their slots, which are fewer
+
 
 def none() -> Pruning:
     """Prunes nothing."""
@@ -104,7 +106,7 @@ class Detected(NamedTuple):
     score: jax.Array  # float32, logit of the quality head
     posterior: jax.Array  # float32, chance of a right answer by the calibration
     due: jax.Array  # bool, ran and had the detection length; the other fields mean something here alone
-    keep: jax.Array  # bool, goes on
+    keep: jax.Array  # bool, due and goes on
     chance: jax.Array  # float32, of being kept, 1 where not due
 
 
@@ -147,6 +149,3 @@ def survival(judge: Callable, choose: Callable, *, detection, columns: int, rho,
         return Review(reason, fork, Detected(hidden, score, posterior, due, due & keep, chance))
 
     return none()._replace(review=review)
-
-
-REVIEW = 0x7EE  # folded into a tree's key for the draws of its review; lines fold their slots, which are fewer

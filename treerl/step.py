@@ -313,7 +313,7 @@ def learn_quality(fns: Fns, quality: dict, seen: sampler.Seen, tree: T.Tree, rew
     """
     found, size = seen.record, fns.quality
     valid = jax.vmap(T.leaf_valid)(tree)
-    right, told = reward > 0.5, found.due & found.keep & valid
+    right, told = reward > 0.5, found.keep & valid
     both = lambda a, b: jnp.concatenate([a, b], axis=1)
     data = both(found.hidden, seen.hidden), both(right, right), both(told, valid)
 
