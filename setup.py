@@ -27,12 +27,15 @@ setup(
         "tqdm",
         "safetensors>=0.5.3",  # files of published weights
         "numpy",
+        "tokenizers",  # of published models
+        "jinja2",  # their chat templates
+        "pebble",  # processes for graders, with a time limit
     ],
     extras_require={
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
-        "test": ["pytest", "pytest-xdist"],
-        "hf": ["tokenizers", "transformers", "gguf"],
+        "text": ["reasoning-gym", "math-verify", "gguf"],  # text tasks, mathematical answers, GGUF files
+        "test": ["pytest", "pytest-xdist", "reasoning-gym", "math-verify", "gguf"],
         "notebooks": ["jupyter", "nbconvert", "ipykernel"],
     },
 )

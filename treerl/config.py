@@ -15,7 +15,7 @@ def default() -> ConfigDict:
 
     config.task = ConfigDict(
         dict(
-            name="countdown",  # a file of treerl.tasks
+            name="countdown",  # countdown, or a text task: addition, reasoning_gym, jsonl, tfds
             numbers_min=4,  # how many numbers a puzzle gives
             numbers_max=4,  # at most; numbers_min at least
             largest=9,  # numbers are 1 .. largest
@@ -26,6 +26,28 @@ def default() -> ConfigDict:
             heldout_size=512,  # puzzles, disjoint from train
             seed=0,  # of the puzzles: the same for every seed of an experiment
         )
+    )
+    config.text = ConfigDict(  # what text tasks read, beside task.train_size, heldout_size and seed where they make examples
+        dict(
+            source="",  # jsonl: a file; tfds: a prepared dataset, name or name/config; reasoning_gym: name of its task
+            heldout="",  # jsonl: a file, tfds: a split, of held-out examples; "": the last task.heldout_size of the others
+            split="train",  # tfds: the split of training examples
+            prompt="prompt",  # jsonl, tfds: column of the question
+            answer="answer",  # jsonl, tfds: column of the reference answer; of one with "####" (GSM8K), what follows
+            options=ConfigDict(),  # arguments of the task: "{'digits': 2}" of addition, those of reasoning_gym's task
+            chat=True,  # render prompts by the model's own chat template
+            system="",  # text of the system message; "": none, and the template's own default
+            shots=(),  # worked examples before the question: ((question, answer), ...); () with addition: none either
+            template="{prompt}",  # what the user says
+            extract="text",  # the answer in a completion: text (all of it), number (the last), boxed, tag (<answer>)
+            graders=ConfigDict(dict(exact=1.0)),  # name -> weight in the reward: exact, number, math, reasoning_gym, or
+            #                                       module:function of your own, (completion, example) -> number
+            threshold=0.0,  # above 0: scores of graders count 1 from it and 0 below; 0: as they are
+            seconds=5.0,  # a grader may take for one answer, which is worth 0 beyond
+            workers=2,  # processes that grade
+            grading="split",  # graders run between the step's two halves (split) or within it (callback)
+        ),
+        convert_dict=False,
     )
     config.model = ConfigDict(
         dict(
@@ -165,7 +187,7 @@ def default() -> ConfigDict:
     return config
 
 
-OPTIONS = ("advantage.options", "advantage.multipliers", "pruning.options", "pruning.backward_options")  # checked where the functions that take them are known
+OPTIONS = ("text.options", "text.graders", "advantage.options", "advantage.multipliers", "pruning.options", "pruning.backward_options")  # checked where the functions that take them are known
 
 
 def fields(config, prefix: str = ""):

@@ -341,7 +341,7 @@ def make_knobs(config, task: Task) -> dict:
     return dict(
         temperature=f32(config.sampler.temperature),
         top_p=f32(config.sampler.top_p),
-        eos=jnp.atleast_1d(jnp.int32(task.tokenizer.eos_id)),
+        eos=jnp.array(task.tokenizer.eos_ids, jnp.int32),
         tau_abs=f32(b.tau_abs),
         tau_rel=f32(b.tau_rel),
         share_from=jnp.array([step for step, _ in b.share], jnp.int32),

@@ -9,6 +9,7 @@ class CharTokenizer:
 
     pad_id = 0
     eos_id = 1
+    eos_ids = (1,)
 
     def __init__(self, alphabet: str):
         """Raises ValueError where the alphabet repeats a character."""
@@ -37,3 +38,7 @@ class CharTokenizer:
             if i != self.pad_id:
                 text.append(self.alphabet[i - 2])
         return "".join(text)
+
+
+class TextTokenizer:
+    """The tokenizer of a published model, from its folder."""

@@ -13,7 +13,7 @@ from treerl.types import Prompts
 class Tokens:
     """A vocabulary without an end-of-sequence id: every answer runs to its last row."""
 
-    eos_id = -1
+    eos_ids = (-1,)
 
     def __init__(self, vocab: int):
         self.vocab_size = vocab
