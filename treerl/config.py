@@ -51,6 +51,8 @@ def default() -> ConfigDict:
     )
     config.model = ConfigDict(
         dict(
+            source="",  # a published model: folder, .gguf file, organisation/name or smollm2-135m-instruct; then sizes and
+            #             switches below, but for dtypes and lora, come from its config.json. "": random weights
             layers=3,  # blocks of attention and MLP
             width=96,  # D: of the residual stream
             heads=4,  # H: query heads
@@ -62,7 +64,9 @@ def default() -> ConfigDict:
             qkv_bias=False,  # add biases to queries, keys and values (Qwen2)
             tied=True,  # output projection is the embedding
             dtype="float32",  # of activations
-            param_dtype="float32",  # of stored weights
+            param_dtype="float32",  # of stored weights; bfloat16 rounds updates below 1/256 of a weight away
+            lora_rank=0,  # train a change of this rank of every product in the blocks, and nothing else; 0: all weights
+            lora_alpha=32.0,  # the change is lora_alpha / lora_rank times the product of its factors
         )
     )
     config.sampler = ConfigDict(
@@ -74,6 +78,7 @@ def default() -> ConfigDict:
             temperature=1.0,  # divides the logits, in the sampler and in the learner
             top_p=1.0,  # share of the probability that may be drawn from; 1: all
             segment=4,  # iterations between two tests for the end, and before the review of survival rules
+            pool_dtype="",  # of stored keys and values; "": that of activations
             lengths=(),  # static row bounds before answer_length; each compiles the loop once more
         )
     )
@@ -159,6 +164,7 @@ def default() -> ConfigDict:
             clip_norm=1.0,  # of the whole gradient, at most
             b1=0.9,  # decay of the mean of gradients
             b2=0.99,  # decay of the mean of their squares
+            moment_dtype="float32",  # of the mean of gradients; that of squares needs float32
             weight_decay=0.0,  # decoupled, a multiple of the learning rate
             ess="none",  # none, sqrt, linear: scale updates by the effective sample size of the rollouts (VCPO)
             ess_base=1.0,  # share of effective rollouts from which an update has its full size
@@ -183,6 +189,7 @@ def default() -> ConfigDict:
         )
     )
     config.checkpoint_every = 50  # steps
+    config.samples_every = 50  # steps between those whose first answers are written to samples.jsonl; 0: none
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices along each axis, -1: the rest
     return config
 
@@ -224,16 +231,17 @@ RULES = (
     ("0 or more", lambda x: x >= 0, """
         seed steps branching.tau_abs branching.tau_rel branching.fill_after pruning.tau_ed
         pruning.columns pruning.warmup_steps quality.learning_rate quality.smoothing
-        learner.clip_low learner.clip_high learner.kl learner.max_skipped learner.overlong_buffer
+        samples_every model.lora_rank learner.clip_low learner.clip_high learner.kl learner.max_skipped learner.overlong_buffer
         optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay
         warm_start.steps warm_start.learning_rate"""),
     ("a number above 0", lambda x: x > 0, """
-        model.rope_theta sampler.temperature optimizer.clip_norm learner.importance_cap"""),
+        model.rope_theta model.lora_alpha sampler.temperature optimizer.clip_norm learner.importance_cap"""),
     ("a number above 0, at most 1", lambda x: 0 < x <= 1, "sampler.top_p optimizer.ess_base pruning.kappa quality.decay"),
     ("a number from 0 to 1", lambda x: 0 <= x <= 1, "pruning.rho"),
     ("0, or a number above 1", lambda x: x == 0 or x > 1, "learner.dual_clip"),
     ("a number from 0 to below 1", lambda x: 0 <= x < 1, "optimizer.b1 optimizer.b2"),
-    ("float32, bfloat16 or float16", ("float32", "bfloat16", "float16").__contains__, "model.dtype model.param_dtype"),
+    ("float32, bfloat16 or float16", ("float32", "bfloat16", "float16").__contains__, "model.dtype model.param_dtype optimizer.moment_dtype"),
+    ("float32, bfloat16, float16 or ''", ("float32", "bfloat16", "float16", "").__contains__, "sampler.pool_dtype"),
     ("lengths of 1 or more, such as (4, 6)", _are_lengths, "sampler.lengths pruning.windows"),
     ("(step, share) pairs that ascend from step 0, shares from 0 to 1, such as ((0, 0.5), (100, 1.0))", _are_shares,
      "branching.share"),

@@ -3,6 +3,7 @@ import contextlib
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -145,7 +146,7 @@ def warm_start(experiment: Experiment, state, progress, caught=()):
 def train(config: ConfigDict, workdir: str, progress: bool = True, profile: tuple[int, int] | None = None) -> dict:
     """Runs an experiment to its end, from its last checkpoint if there is one.
 
-    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and report.html into workdir.
+    Writes config.json, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ and report.html into workdir.
     Lines of metrics.jsonl after the restored checkpoint are dropped and written again, with the
     same numbers apart from times. With `profile`, (first, last), traces those steps into profile/.
     Called again after its end, it writes the report again.
@@ -192,6 +193,7 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, caught: li
         start = int(state.step)
         with (
             metrics.MetricsFile(os.path.join(workdir, "metrics.jsonl"), start) as metrics_file,
+            metrics.LinesFile(os.path.join(workdir, "samples.jsonl"), start) as samples_file,
             events.EventFile(os.path.join(workdir, "tensorboard"), start) as event_file,
             profiling.Trace(os.path.join(workdir, "profile"), profile, start) as trace,
             tqdm(total=config.steps, initial=start, desc="train", disable=not progress) as bar,
@@ -207,8 +209,14 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, caught: li
                     )
                 tick = time.monotonic()
                 examples, index = stream.examples(position, config.sampler.prompts)
-                with trace.step(number):
-                    state, values = experiment.train_step(state, experiment.prompts(examples, index), experiment.knobs)
+                prompts = experiment.prompts(examples, index)
+                if number == start + 1:
+                    plan = experiment.compile_step(state, prompts)
+                    print(f"memory of a step: {plan}", file=sys.stderr, flush=True)
+                    profiling.check_memory(plan)
+                with trace.step(number), profiling.out_of_memory():
+                    state, values = experiment.train_step(state, prompts, experiment.knobs)
+                    shown = values.pop("samples", None)
                     values = jax.device_get(values)
                 position += config.sampler.prompts
                 last, scores = number == config.steps, None
@@ -219,6 +227,9 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, caught: li
                 values = dict(values, seconds=time.monotonic() - tick)
                 metrics_file.write(number, values)
                 event_file.write(number, events.grouped(values))
+                if shown is not None and (number % config.samples_every == 0 or number == 1 or last):
+                    for sample in experiment.samples(shown):
+                        samples_file.append(dict(step=number, **sample))
                 bar.update()
                 stop_if_diverged(
                     config, state, f"step {number}",

@@ -58,7 +58,7 @@ class Task:
     parse: Callable[[str], dict[str, Any]] | None = None  # None: the task takes no prompts of users
 
 
-def make(config: ConfigDict, data_dir: str) -> Task:
+def make(config: ConfigDict, data_dir: str, text=None, tokenizer=None) -> Task:
     """Builds the task `config.name`, preparing its examples under data_dir once.
 
     Raises ValueError where the name is unknown or a field of the config cannot work.

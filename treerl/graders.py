@@ -1,0 +1,1 @@
+FAULTS = ("", "raised", "hung", "not_finite")

@@ -1,0 +1,2 @@
+def resolve(name, cache):
+    return name
