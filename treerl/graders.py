@@ -1,1 +1,0 @@
-FAULTS = ("", "raised", "hung", "not_finite")

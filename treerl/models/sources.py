@@ -1,2 +1,0 @@
-def resolve(name, cache):
-    return name
