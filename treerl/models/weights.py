@@ -83,7 +83,7 @@ def save(
     hf = {key: value for key, value in hf.items() if key != "dtype"} | {"torch_dtype": dtype}
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise UserError(f"{folder} is not empty; name a new folder for the model.")
-    files = _split(list(layout.tensors(config, shapes)), np.dtype(dtype).itemsize, file_bytes)
+    files = split(list(layout.tensors(config, shapes)), np.dtype(dtype).itemsize, file_bytes)
     mine, partial = jax.process_index() == 0, f"{folder.rstrip('/')}.partial"
     with writing(f"model {folder}", "free some space, or name another folder."):
         if mine:
@@ -100,8 +100,8 @@ def save(
                 save_file(values, os.path.join(partial, name), metadata={"format": "pt"})
         if mine:
             if len(files) > 1:
-                _write_index(partial, files, np.dtype(dtype).itemsize)
-            _write_json(os.path.join(partial, "config.json"), hf)
+                write_index(partial, files, np.dtype(dtype).itemsize)
+            write_json(os.path.join(partial, "config.json"), hf)
             for name in COPIED if source else ():
                 if os.path.exists(os.path.join(source, name)):
                     shutil.copy(os.path.join(source, name), os.path.join(partial, name))
@@ -231,7 +231,7 @@ def _stacked(stored: dict, parts: list, leaf: jax.ShapeDtypeStruct, where: Named
 # --- writing --------------------------------------------------------------------------------------
 
 
-def _split(tensors: list, itemsize: int, limit: int) -> dict[str, list]:
+def split(tensors: list, itemsize: int, limit: int) -> dict[str, list]:
     """Name of each file -> its tensors, as `layout.tensors` gives them."""
     files, size = [[]], 0
     for tensor in tensors:
@@ -262,12 +262,12 @@ def _gatherer(params: Params, dtype: str):
     return gather
 
 
-def _write_index(folder: str, files: dict[str, list], itemsize: int) -> None:
+def write_index(folder: str, files: dict[str, list], itemsize: int) -> None:
     total = sum(int(np.prod(tensor[-1])) for tensors in files.values() for tensor in tensors) * itemsize
     names = {tensor[0]: name for name, tensors in files.items() for tensor in tensors}
-    _write_json(os.path.join(folder, INDEX), {"metadata": {"total_size": total}, "weight_map": names})
+    write_json(os.path.join(folder, INDEX), {"metadata": {"total_size": total}, "weight_map": names})
 
 
-def _write_json(path: str, value: dict) -> None:
+def write_json(path: str, value: dict) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
