@@ -41,7 +41,8 @@ def default() -> ConfigDict:
             template="{prompt}",  # what the user says
             extract="text",  # the answer in a completion: text (all of it), number (the last), boxed, tag (<answer>)
             graders=ConfigDict(dict(exact=1.0)),  # name -> weight in the reward: exact, number, math, reasoning_gym, or
-            #                                       module:function of your own, (completion, example) -> number
+            #                                       module:function of your own (of a package, package/module:function),
+            #                                       (completion, example) -> number; see treerl.graders
             threshold=0.0,  # above 0: scores of graders count 1 from it and 0 below; 0: as they are
             seconds=5.0,  # a grader may take for one answer, which is worth 0 beyond
             workers=2,  # processes that grade
@@ -217,6 +218,10 @@ def _are_shares(pairs) -> bool:
     return steps[:1] == [0] and steps == sorted(set(steps)) and all(0 <= share <= 1 for _, share in pairs)
 
 
+def _are_shots(pairs) -> bool:
+    return all(isinstance(p, (tuple, list)) and len(p) == 2 and all(isinstance(x, str) for x in p) for p in pairs)
+
+
 # What a field must be, whatever the others are, and which fields. Fields that are missing here can
 # be anything of their type, or are checked where their names are known: in the task, `make_mesh`
 # and `make_fns`.
@@ -227,15 +232,15 @@ RULES = (
         branching.max_children learner.bin_tokens learner.bins_per_step learner.epochs learner.vocab_chunk
         warm_start.examples warm_start.batch warm_start.patience warm_start.eval_every
         evaluation.every evaluation.examples evaluation.samples evaluation.batch
-        pruning.detection quality.inner quality.epochs quality.bins"""),
+        pruning.detection quality.inner quality.epochs quality.bins text.workers"""),
     ("0 or more", lambda x: x >= 0, """
         seed steps branching.tau_abs branching.tau_rel branching.fill_after pruning.tau_ed
         pruning.columns pruning.warmup_steps quality.learning_rate quality.smoothing
         samples_every model.lora_rank learner.clip_low learner.clip_high learner.kl learner.max_skipped learner.overlong_buffer
         optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay
-        warm_start.steps warm_start.learning_rate"""),
+        warm_start.steps warm_start.learning_rate text.threshold"""),
     ("a number above 0", lambda x: x > 0, """
-        model.rope_theta model.lora_alpha sampler.temperature optimizer.clip_norm learner.importance_cap"""),
+        model.rope_theta model.lora_alpha sampler.temperature optimizer.clip_norm learner.importance_cap text.seconds"""),
     ("a number above 0, at most 1", lambda x: 0 < x <= 1, "sampler.top_p optimizer.ess_base pruning.kappa quality.decay"),
     ("a number from 0 to 1", lambda x: 0 <= x <= 1, "pruning.rho"),
     ("0, or a number above 1", lambda x: x == 0 or x > 1, "learner.dual_clip"),
@@ -246,6 +251,12 @@ RULES = (
     ("(step, share) pairs that ascend from step 0, shares from 0 to 1, such as ((0, 0.5), (100, 1.0))", _are_shares,
      "branching.share"),
     ("a folder", bool, "data_dir"),
+    ("the name of a column", bool, "text.prompt text.answer"),
+    ("the name of a split", bool, "text.split"),
+    ("text with {prompt} where the question belongs", lambda x: "{prompt}" in x, "text.template"),
+    ("text, number, boxed or tag", ("text", "number", "boxed", "tag").__contains__, "text.extract"),
+    ("split or callback", ("split", "callback").__contains__, "text.grading"),
+    ('(question, answer) pairs of text, such as (("1 + 1?", "2"),)', _are_shots, "text.shots"),
 )  # fmt: skip
 
 

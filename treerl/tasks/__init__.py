@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from treerl.errors import UserError
 from treerl.tokenizers import CharTokenizer, TextTokenizer
 
-NAMES = ("countdown",)
+TEXT = ("addition", "reasoning_gym", "jsonl", "tfds")
+NAMES = ("countdown", *TEXT)
 
 
 class Encoded(NamedTuple):
@@ -58,8 +59,14 @@ class Task:
     parse: Callable[[str], dict[str, Any]] | None = None  # None: the task takes no prompts of users
 
 
-def make(config: ConfigDict, data_dir: str, text=None, tokenizer=None) -> Task:
+def make(
+    config: ConfigDict, data_dir: str, text: ConfigDict | None = None, tokenizer: CharTokenizer | TextTokenizer | None = None
+) -> Task:
     """Builds the task `config.name`, preparing its examples under data_dir once.
+
+    Args:
+      text: the section `text` of the config, which text tasks read. tokenizer: theirs, that of the model; None for one
+        token a character.
 
     Raises ValueError where the name is unknown or a field of the config cannot work.
     """
@@ -68,4 +75,10 @@ def make(config: ConfigDict, data_dir: str, text=None, tokenizer=None) -> Task:
         from treerl.tasks import countdown
 
         return countdown.make(config, data_dir)
+    if config.name in TEXT:
+        from treerl.tasks import text as texts
+
+        if text is None:
+            raise UserError(f"task.name={config.name!r} reads the section text of the config, and none was given; pass it on.")
+        return texts.make(config, text, data_dir, tokenizer)
     raise UserError(f"task.name={config.name!r} is unknown; known are {', '.join(NAMES)}.")
