@@ -143,7 +143,7 @@ class Experiment:
 
         return [
             dict(
-                prompt=decode(prompt[:length]),
+                prompt=self.task.tokenizer.decode_prompt(prompt[:length]),
                 answers=[answer(b, i) for i in range(shown["length"].shape[1]) if shown["length"][b, i]],
             )
             for b, (prompt, length) in enumerate(zip(shown["prompt"], shown["prompt_length"]))
@@ -190,7 +190,7 @@ class Experiment:
 
     def prompt_text(self, example: dict) -> str:
         """What the model reads."""
-        return self.task.tokenizer.decode(self.task.encode(example).prompt)
+        return self.task.tokenizer.decode_prompt(self.task.encode(example).prompt)
 
     def parse(self, text: str) -> dict:
         """The example of a prompt that a user wrote.

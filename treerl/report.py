@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 # (title, patterns of the metrics drawn together), the most wanted first; what no pattern knows is drawn as "other".
 GROUPS = (
     ("reward", ("reward", "solved")),
+    ("scores of graders", ("reward/*",)),
+    ("answers that graders failed on", ("graders_*",)),
     ("pass@k and votes on held-out examples", ("pass@*", "majority@*", "weighted@*")),
     ("loss", ("loss",)),
     ("gradient norm", ("grad_norm",)),

@@ -50,6 +50,10 @@ class CharTokenizer:
                 text.append(self.alphabet[i - 2])
         return "".join(text)
 
+    def decode_prompt(self, ids) -> str:
+        """The same of a prompt, in which no EOS ends anything."""
+        return self.decode(i for i in ids if i != self.eos_id)
+
     def chat(self, messages: list[dict]) -> str:
         """Raises UserError: characters have no chat template."""
         raise UserError("a tokenizer of characters has no chat template; set text.chat=False, or use a published model.")
@@ -99,6 +103,10 @@ class TextTokenizer:
             if i != self.pad_id and 0 <= i < self.vocab_size:
                 kept.append(i)
         return self._tokenizer.decode(kept, skip_special_tokens=True)
+
+    def decode_prompt(self, ids) -> str:
+        """Text of a prompt as the model reads it, special tokens included."""
+        return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
 
     def chat(self, messages: list[dict]) -> str:
         """The messages, [{'role': ..., 'content': ...}], in the model's own template, up to where its answer begins.
