@@ -223,10 +223,11 @@ def test_cheap_graders_need_no_process(monkeypatch):
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and waits for its parent does not."""
+    """Whether a process runs, or a thread of it; one that ended and waits for its parent does not."""
     try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z" or len(os.listdir(f"/proc/{pid}/task")) > 1
+    except OSError:
         return False
 
 
@@ -261,18 +262,18 @@ def test_what_a_hanging_grader_started_ends_with_it(tmp_path):
 
 
 SCRIPT = """
-import os, sys
+import sys
 import threading
 from treerl.graders import Graders
 print("main")
-graders = Graders({"sample_graders:pid": 1.0, "sample_graders:told": 1.0}, workers=1)
+graders = Graders({"sample_graders:pid": 1.0, "sample_graders:told": 1.0}, workers=1, seconds=600.0)
 def grade(text):
-    print(int(graders.grade([text], [{}])[0][0, 0]), flush=True)
+    print(int(graders.grade([text], [{"file": sys.argv[-1]}])[0][0, 0]), flush=True)
 thread = threading.Thread(target=grade, args=("good",))  # as a callback of JAX does
 thread.start()
 thread.join()
-if sys.argv[1:] == ["hang"]:
-    grade("sleep")
+if sys.argv[1:2] == ["hang"]:
+    grade("child")
 """
 
 
@@ -289,29 +290,36 @@ def test_a_script_without_a_main_guard(how, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_processes_end_with_their_parent(number, tmp_path):
-    """Even with a call under way."""
+    """With a call under way, and with what that started."""
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    command = [sys.executable, str(tmp_path / "script.py"), "hang"]
+    command = [sys.executable, str(tmp_path / "script.py"), "hang", str(tmp_path / "pid")]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
         assert parent.stdout.readline() == "main\n"
         pid = int(parent.stdout.readline())
-        assert alive(pid)
+        while not (tmp_path / "pid").exists() or not (child := (tmp_path / "pid").read_text()):
+            time.sleep(0.01)
+        assert alive(pid) and alive(int(child))
         parent.send_signal(number)
-    assert ends(pid)
+    assert ends(pid) and ends(int(child))
 
 
 def test_an_interrupt_leaves_no_answers_for_the_next_call(monkeypatch):
     from multiprocessing import connection
 
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+    wait, calls = connection.wait, []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return wait(*args, **options)
 
     with Graders({"sample_graders:length": 1.0}, workers=1) as graders:
         graders.grade(["a"], [EXAMPLE])
         with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
             patch.setattr(connection, "wait", interrupted)
-            graders.grade(["ab"], [EXAMPLE])
+            graders.grade(["ab", "abcd"], [EXAMPLE] * 2)
         assert graders.grade(["abc"], [EXAMPLE])[0].tolist() == [[3.0]]
 
 

@@ -71,10 +71,10 @@ SHOTS = (("1 + 1?", "2"), ("{prompt} {}?", "3 {0}"))
 
 
 def test_a_prompt_without_a_template():
-    task = make(system="Be brief.", shots=SHOTS, template="Q: {prompt} A:")
+    task = make(system="Be brief.", shots=SHOTS, template="{Q}: {prompt} A:")
     example = dict(row=0, prompt="4 {x} {prompt}?", answer="5", completion=None)
     assert read(task, example) == (
-        "Be brief.\n\nQ: 1 + 1? A:\n2\n\nQ: {prompt} {}? A:\n3 {0}\n\nQ: 4 {x} {prompt}? A:\n"
+        "Be brief.\n\n{Q}: 1 + 1? A:\n2\n\n{Q}: {prompt} {}? A:\n3 {0}\n\n{Q}: 4 {x} {prompt}? A:\n"
     )
     assert read(make(), example) == "4 {x} {prompt}?\n"
 

@@ -118,7 +118,7 @@ LITERAL = ("string_insertion", "spiral_matrix", "binary_matrix", "n_queens")
 # ... and these as a formula, by sympy, which ends in Python's eval.
 FORMULA = ("countdown", "puzzle24", "simple_integration", "intermediate_integration", "polynomial_multiplication")
 _NAMES = "sin|cos|tan|cot|sec|csc|asin|acos|atan|sinh|cosh|tanh|exp|log|ln|sqrt|pi|[A-Za-z]"
-_FORMULA = re.compile(rf"(?>[0-9]+(?:\.[0-9]+)?|(?:{_NAMES})(?![A-Za-z0-9_])|[-+*/^()\s])*+")
+_FORMULA = re.compile(rf"(?:[0-9]+(?:\.[0-9]+)?|(?:{_NAMES})(?![A-Za-z0-9_])|[-+*/^()\s])*+")
 
 
 def _reasoning_gym(how: str, source: tuple[str, dict]) -> Callable:
