@@ -282,7 +282,8 @@ def test_a_script_without_a_main_guard(how, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     command = {"file": ["script.py"], "module": ["-m", "script"], "input": ["-"]}[how]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    run = subprocess.run([sys.executable, *command], input=SCRIPT, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    options = dict(cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, *command], input=SCRIPT, **options)
     assert run.returncode == 0, run.stderr
     main, pid = run.stdout.split()
     assert main == "main" and ends(int(pid))
@@ -325,7 +326,10 @@ def test_an_interrupt_leaves_no_answers_for_the_next_call(monkeypatch):
 
 def test_processes_import_no_jax(tmp_path):
     (tmp_path / "look.py").write_text("import sys\ndef jax(c, e): return 'jax' in sys.modules\n")
-    code = "import sys; from treerl.graders import Graders; print(Graders({'look:jax': 1.0}).grade(['a'], [{}])[0], 'jax' in sys.modules)"
+    code = (
+        "import sys; from treerl.graders import Graders\n"
+        "print(Graders({'look:jax': 1.0}).grade(['a'], [{}])[0], 'jax' in sys.modules)"
+    )
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]))
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout == "[[0.]] False\n"
@@ -364,7 +368,9 @@ def test_names_that_cannot_be_found(tmp_path, monkeypatch):
         start + "'broken:f' cannot be imported (ZeroDivisionError: division by zero); mend the module."
     )
     file = ROOT / "tests/sample_graders.py"
-    assert mistake({"sample_graders:f": 1.0}) == start + f"'sample_graders:f' cannot work, f is not there; name a function of {file}."
+    assert mistake({"sample_graders:f": 1.0}) == (
+        start + f"'sample_graders:f' cannot work, f is not there; name a function of {file}."
+    )
     assert mistake({"sample_graders:NOT_CALLABLE": 1.0}) == (
         start + f"'sample_graders:NOT_CALLABLE' cannot work, NOT_CALLABLE is no function; name a function of {file}."
     )
@@ -394,8 +400,9 @@ def test_a_package_that_is_missing(monkeypatch):
 
 def test_a_module_that_fails_in_the_process_alone(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "mine.py").write_text(f"import os\nif os.getpid() != {os.getpid()}: raise OSError('no licence')\ndef f(c, e): return 1\n")
-    (tmp_path / "ends.py").write_text(f"import os\nif os.getpid() != {os.getpid()}: os._exit(3)\ndef f(c, e): return 1\n")
+    module = f"import os\nif os.getpid() != {os.getpid()}: %s\ndef f(c, e): return 1\n"
+    (tmp_path / "mine.py").write_text(module % "raise OSError('no licence')")
+    (tmp_path / "ends.py").write_text(module % "os._exit(3)")
     for name, words in (("mine", "cannot be imported (OSError: no licence); mend the module."),
                         ("ends", "ended with exit status 3 before it was ready")):  # fmt: skip
         with Graders({f"{name}:f": 1.0}) as graders, pytest.raises(UserError, match="text.graders") as error:

@@ -74,6 +74,8 @@ def launch(entry: str, *flags: str) -> subprocess.CompletedProcess:
      "--config.advantage.multipliers.ace.alpha cannot be set alone; write --config.advantage.multipliers=\"{'ace': VALUE}\"."),
     ("", ["--config.advantage.options.clip=3"],
      "--config.advantage.options.clip cannot be set alone; write --config.advantage.options=\"{'clip': VALUE}\"."),
+    ("", ["--config.text.graders={'mine.graders:length': 1.0}"],
+     "text.graders has a name with a dot, which a config cannot hold; write package/module:function."),
     (":slots=3", [], "config argument 'slots' is unknown; known are seed, variant."),
     (":seed=x", ["--config.steps=3"], "config argument seed='x' is no int."),
     (":variant=ppo", [], "variant='ppo' is unknown; known are latr_depthwise, latr, grpo."),

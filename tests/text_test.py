@@ -140,7 +140,8 @@ def test_examples_depend_on_the_seed_alone():
 def test_reasoning_gym():
     options = dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)
     graders = {"reasoning_gym": 1.0, "number": 1.0}
-    task = make("reasoning_gym", source="chain_sum", train_size=300, heldout_size=60, extract="number", graders=graders, options=options)
+    sizes = dict(train_size=300, heldout_size=60)
+    task = make("reasoning_gym", source="chain_sum", extract="number", graders=graders, options=options, **sizes)
     train, heldout = examples(task.train), examples(task.heldout)
     assert [e["row"] for e in train + heldout] == list(range(360))
     assert not {e["prompt"] for e in train} & {e["prompt"] for e in heldout}  # of so few that without care they would meet
@@ -164,14 +165,16 @@ def test_jsonl(tmp_path):
     path = write(tmp_path / "a.jsonl", *rows(7, level=3))
     task = make("jsonl", source=path, prompt="question", answer="solution", heldout_size=2)
     assert examples(task.train) == [
-        dict(row=i, prompt=f"{i} + 1?", answer=str(i + 1), completion=f"adding\n#### {i + 1}", metadata={"level": 3}) for i in range(5)
+        dict(row=i, prompt=f"{i} + 1?", answer=str(i + 1), completion=f"adding\n#### {i + 1}", metadata={"level": 3})
+        for i in range(5)
     ]
     assert [(e["row"], e["prompt"]) for e in examples(task.heldout)] == [(5, "5 + 1?"), (6, "6 + 1?")]
     assert task.tokenizer.decode(task.encode(task.train[0]).answer) == "adding\n#### 1"
 
 
 def test_jsonl_with_a_file_of_its_own_for_heldout(tmp_path):
-    train = write(tmp_path / "a.jsonl", dict(prompt="1?", answer=1), dict(prompt="2?", answer=-0.5), dict(prompt="3?", answer="x"))
+    lines = dict(prompt="1?", answer=1), dict(prompt="2?", answer=-0.5), dict(prompt="3?", answer="x")
+    train = write(tmp_path / "a.jsonl", *lines)
     heldout = write(tmp_path / "b.jsonl", dict(prompt="2?", answer="no"), dict(prompt="4?", answer="y"))
     task = make("jsonl", source=train, heldout=heldout)
     assert [(e["row"], e["prompt"], e["answer"]) for e in examples(task.train)] == [(0, "1?", "1"), (1, "3?", "x")]
@@ -256,7 +259,8 @@ def prepared(tmp_path_factory):
 
 def test_tfds(prepared):
     task = make("tfds", prepared, source="sums", prompt="q", answer="a", heldout_size=4)
-    assert [(e["row"], e["prompt"], e["answer"]) for e in examples(task.train)] == [(i, f"{i} + 10?", str(i + 10)) for i in range(6)]
+    made = [(e["row"], e["prompt"], e["answer"]) for e in examples(task.train)]
+    assert made == [(i, f"{i} + 10?", str(i + 10)) for i in range(6)]
     assert [(e["row"], e["prompt"]) for e in examples(task.heldout)] == [(i, f"{i} + 10?") for i in range(6, 10)]
     task = make("tfds", prepared, source="sums", prompt="q", answer="a", split="train[:50%]", heldout="test")
     assert [e["prompt"] for e in examples(task.train)] == [f"{i} + 10?" for i in range(5)]

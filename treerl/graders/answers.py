@@ -185,7 +185,8 @@ def _imported(name: str) -> Callable:
         missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{path}.".startswith(f"{missing}."):
             raise UserError(
-                f"text.graders: {name!r} names no module; start where {path.replace('.', '/')}.py is, or add that folder to PYTHONPATH."
+                f"text.graders: {name!r} names no module; start where {path.replace('.', '/')}.py is, or add that folder to "
+                "PYTHONPATH."
             ) from None
         raise UserError(f"text.graders: {name!r} cannot be imported ({type(error).__name__}: {error}); mend the module.") from error
     found = getattr(module, function, None)

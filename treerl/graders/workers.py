@@ -157,7 +157,8 @@ class Workers:
             self._drop(worker)
             if not worker.ready:
                 raise UserError(
-                    f"a process that grades was not ready after {START:.0f} s; see the imports of the modules named in text.graders."
+                    f"a process that grades was not ready after {START:.0f} s; see the imports of the modules named in "
+                    "text.graders."
                 )
             results[worker.job] = Result(0.0, HUNG, f"took longer than {self._seconds:g} s")
 
