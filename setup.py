@@ -29,7 +29,6 @@ setup(
         "numpy",
         "tokenizers",  # of published models
         "jinja2",  # their chat templates
-        "pebble",  # processes for graders, with a time limit
     ],
     extras_require={
         "cuda": ["jax[cuda12]"],

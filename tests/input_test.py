@@ -74,6 +74,8 @@ def launch(entry: str, *flags: str) -> subprocess.CompletedProcess:
      "--config.advantage.multipliers.ace.alpha cannot be set alone; write --config.advantage.multipliers=\"{'ace': VALUE}\"."),
     ("", ["--config.advantage.options.clip=3"],
      "--config.advantage.options.clip cannot be set alone; write --config.advantage.options=\"{'clip': VALUE}\"."),
+    ("", ["--config.text.graders={'mine.graders:length': 1.0}"],
+     "text.graders has a name with a dot, which a config cannot hold; write package/module:function."),
     (":slots=3", [], "config argument 'slots' is unknown; known are seed, variant."),
     (":seed=x", ["--config.steps=3"], "config argument seed='x' is no int."),
     (":variant=ppo", [], "variant='ppo' is unknown; known are latr_depthwise, latr, grpo."),
@@ -166,11 +168,13 @@ def test_every_field_was_thought_of():
     """A field has a rule, can be anything of its type, or is checked where its names are known."""
     ruled = [name for _, _, names in C.RULES for name in names.split()]
     anything = {"branching.greedy", "pruning.refork", "learner.reference", "learner.remat", "model.qk_norm", "model.qkv_bias", "model.tied"}
-    elsewhere = {  # see `test_runs_that_can_never_start` and countdown_test
+    anything |= {"text.chat", "text.system"}
+    elsewhere = {  # see `test_runs_that_can_never_start`, countdown_test and text_test
         "advantage.name", "advantage.options", "advantage.multipliers", "branching.rule", "learner.aggregation",
         "learner.forced", "learner.importance", "learner.kl_estimate", "learner.objective", "learner.proximal",
         "optimizer.ess", "optimizer.schedule", "pruning.backward", "pruning.backward_options", "pruning.rule",
         "pruning.options", "pruning.weights", "mesh.data", "mesh.fsdp", "mesh.tensor",
+        "text.source", "text.heldout", "text.options", "text.graders",
     }  # fmt: skip
     known = {name for name, _ in C.fields(default()) if not name.startswith("task.")}
     assert len(ruled) == len(set(ruled))
@@ -200,7 +204,7 @@ def survival(rule="balance", **changes):
 
 @pytest.mark.parametrize("changes, shards, message", [
     (dict(sampler__slots=0), 1, "sampler.slots=0 cannot work; set it to 1 or more."),
-    (dict(task__name="chess"), 1, "task.name='chess' is unknown; known are countdown."),
+    (dict(task__name="chess"), 1, "task.name='chess' is unknown; known are countdown, addition, reasoning_gym, jsonl, tfds."),
     (dict(task__numbers_min=0), 1, "task.numbers_min=0 cannot work; set it to 2 or more."),
     (dict(advantage__name="ppo"), 1,
      "advantage.name='ppo' is unknown; known are branch_depthwise, dr_grpo, eptree, gigpo, grpo, hgpo, mc_grpo, "

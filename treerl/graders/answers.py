@@ -118,7 +118,7 @@ LITERAL = ("string_insertion", "spiral_matrix", "binary_matrix", "n_queens")
 # ... and these as a formula, by sympy, which ends in Python's eval.
 FORMULA = ("countdown", "puzzle24", "simple_integration", "intermediate_integration", "polynomial_multiplication")
 _NAMES = "sin|cos|tan|cot|sec|csc|asin|acos|atan|sinh|cosh|tanh|exp|log|ln|sqrt|pi|[A-Za-z]"
-_FORMULA = re.compile(rf"(?>[0-9]+(?:\.[0-9]+)?|(?:{_NAMES})(?![A-Za-z0-9_])|[-+*/^()\s])*+")
+_FORMULA = re.compile(rf"(?:[0-9]+(?:\.[0-9]+)?|(?:{_NAMES})(?![A-Za-z0-9_])|[-+*/^()\s])*+")
 
 
 def _reasoning_gym(how: str, source: tuple[str, dict]) -> Callable:
@@ -185,7 +185,8 @@ def _imported(name: str) -> Callable:
         missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{path}.".startswith(f"{missing}."):
             raise UserError(
-                f"text.graders: {name!r} names no module; start where {path.replace('.', '/')}.py is, or add that folder to PYTHONPATH."
+                f"text.graders: {name!r} names no module; start where {path.replace('.', '/')}.py is, or add that folder to "
+                "PYTHONPATH."
             ) from None
         raise UserError(f"text.graders: {name!r} cannot be imported ({type(error).__name__}: {error}); mend the module.") from error
     found = getattr(module, function, None)

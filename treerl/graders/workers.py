@@ -9,9 +9,11 @@ import collections
 import contextlib
 import numbers
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -155,7 +157,8 @@ class Workers:
             self._drop(worker)
             if not worker.ready:
                 raise UserError(
-                    f"a process that grades was not ready after {START:.0f} s; see the imports of the modules named in text.graders."
+                    f"a process that grades was not ready after {START:.0f} s; see the imports of the modules named in "
+                    "text.graders."
                 )
             results[worker.job] = Result(0.0, HUNG, f"took longer than {self._seconds:g} s")
 
@@ -165,10 +168,19 @@ def _close(workers: list[_Worker]) -> None:
         workers.pop().kill()
 
 
+def _outlive(socket: int) -> None:
+    """Ends this process and what it started when the other end of its socket is gone, however that ended."""
+    poll = select.poll()
+    poll.register(socket, 0)  # hang-ups alone
+    poll.poll()
+    os.killpg(0, signal.SIGKILL)
+
+
 def serve() -> None:
     """What a process does: load, then answer calls until the other end of its socket is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ours = connection.Connection(int(sys.argv[1]))
+    threading.Thread(target=_outlive, args=(ours.fileno(),), daemon=True).start()
     try:
         load, arguments, seconds = ours.recv()
         try:
@@ -180,7 +192,7 @@ def serve() -> None:
         ours.send("")
         while True:
             number, given = ours.recv()
-            # The parent keeps the time. This ends the process where the parent is gone, even from within a C function.
+            # The parent keeps the time. This is for when it is gone and a C function keeps `_outlive` from running.
             signal.setitimer(signal.ITIMER_REAL, min(2 * seconds + 10, 1e8))
             result = call(functions[number], *given)
             signal.setitimer(signal.ITIMER_REAL, 0)

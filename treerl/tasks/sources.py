@@ -88,13 +88,17 @@ def reasoning_gym(task: ConfigDict, text: ConfigDict, data_dir: str):
     known = [field.name for field in dataclasses.fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
     for option in options:
         if option in ("seed", "size"):
-            raise UserError(f"text.options.{option} is given by the section task; set task.{option if option == 'seed' else 'train_size'}.")
+            field = {"seed": "seed", "size": "train_size"}[option]
+            raise UserError(f"text.options.{option} is given by the section task; set task.{field}.")
         if option not in known:
-            raise UserError(f"text.options has no {option!r} for text.source={name}; known are {', '.join(sorted(known)) or 'none'}.")
+            names = ", ".join(sorted(known)) or "none"
+            raise UserError(f"text.options has no {option!r} for text.source={name}; known are {names}.")
 
     def trouble(error: Exception) -> UserError:
         words = " ".join(str(error).split()) or type(error).__name__
-        return UserError(f"text.source={name} cannot work with text.options={options} ({words}); change text.options or the task's sizes.")
+        return UserError(
+            f"text.source={name} cannot work with text.options={options} ({words}); change text.options or the task's sizes."
+        )
 
     try:
         made = reasoning_gym.create_dataset(name, seed=task.seed, size=task.train_size + task.heldout_size, **options)
@@ -148,10 +152,13 @@ def _example(row: dict, text: ConfigDict, where: str) -> dict:
     for field in ("prompt", "answer"):
         column = text[field]
         if column not in row:
-            raise UserError(f"{where} has no {column!r}; set text.{field} to one of {', '.join(map(repr, row)) or 'its columns'}.")
+            columns = ", ".join(map(repr, row)) or "its columns"
+            raise UserError(f"{where} has no {column!r}; set text.{field} to one of {columns}.")
         cells[field] = _as_text(row[column])
         if cells[field] is None or not cells[field].strip():
-            raise UserError(f"{where}: {column!r} is empty, or neither text nor a number; mend it, or set text.{field} to another column.")
+            raise UserError(
+                f"{where}: {column!r} is empty, or neither text nor a number; mend it, or set text.{field} to another column."
+            )
     before, marks, behind = cells["answer"].rpartition("####")
     others = {column: value for column, value in row.items() if column not in (text.prompt, text.answer)}
     return dict(
