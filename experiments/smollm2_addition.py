@@ -26,16 +26,17 @@ def get_config(arg: str | None = None):
     config.task.update(name="addition", train_size=2048, heldout_size=256)
     config.text.update(
         options=dict(digits=2),
-        shots=(("What is 4 + 1?", "4 + 1 = 5"), ("What is 7 + 2?", "7 + 2 = 9")),
+        system="You are a helpful assistant.",
+        shots=(("What is 23 + 45?", "23 + 45 = 68"), ("What is 37 + 25?", "37 + 25 = 62")),
         extract="number",
     )
     config.text.graders = ConfigDict(dict(number=1.0))
-    config.sampler.update(prompts=32, slots=8, prompt_length=96, answer_length=16, segment=4)
-    config.branching.update(fill_after=6)
+    config.sampler.update(prompts=32, slots=8, prompt_length=112, answer_length=16, segment=4)
+    config.branching.update(fill_after=10)
     config.learner.update(bin_tokens=320, bins_per_step=16)
     config.optimizer.update(learning_rate=1e-5, warmup_steps=5, schedule="constant")
     config.warm_start.steps = 0
-    config.evaluation.update(every=25, examples=256, samples=8, batch=256)
+    config.evaluation.update(every=10, examples=256, samples=8, batch=256)
     config.checkpoint_every = config.steps
     if given["variant"] == "grpo":
         config.advantage.name = "grpo"

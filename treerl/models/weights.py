@@ -122,7 +122,8 @@ def _same_model(folder, hf: dict, config: TransformerConfig) -> None:
 def _numbers(config: TransformerConfig) -> dict:
     """What decides a model's numbers in exact arithmetic, in one form each."""
     found = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    del found["dtype"], found["param_dtype"]
+    for name in ("dtype", "param_dtype", "lora_rank", "lora_alpha"):
+        del found[name]
     found["query_scalar"] = config.query_scalar or config.head_dim
     if not any(config.local):
         found |= dict(local=(), window=0, local_rope_theta=0)
