@@ -16,7 +16,10 @@ CHATS = [
 GREEDY = 64  # tokens of an answer, at most
 # the rollouts of the first chat: the greedy answer, and one that leaves it after some tokens
 ROWS, SHARED = 40, 7
-OTHER = " 17 + 25 = 42. Nonetheless, “naïve” café owners (all 1,234 of them) said:\n\n```python\nprint('日本語')\n```\n And so on"
+OTHER = (
+    " In 1896, for example, 17 + 25 = 42 millimetres fell in a single day. This may sound like a lot, but it is not: a "
+    "storm can bring ten times as much."
+)
 TOP, STRIDE = 20, 509  # recorded of each position: the highest logits, and one in so many of all
 
 
