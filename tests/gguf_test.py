@@ -148,7 +148,8 @@ def test_a_file_may_ask_for_a_first_token_and_name_a_second_end(tmp_path):
     write(tmp_path / "m.gguf", tokenizer__ggml__add_bos_token=True, tokenizer__ggml__eot_token_id=0)
     gguf.convert(str(tmp_path / "m.gguf"), str(tmp_path / "out"))
     assert read_json(tmp_path / "out", "generation_config.json")["eos_token_id"] == [2, 0]
-    assert TextTokenizer(str(tmp_path / "out")).eos_ids == (2, 0)
+    tokenizer = TextTokenizer(str(tmp_path / "out"))
+    assert tokenizer.eos_ids == (2, 0) and tokenizer.encode("h") == [TOKENS.index("h")]
     whole = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     assert whole.encode("h").tokens == ["<s>", "h"] and whole.encode("h", add_special_tokens=False).tokens == ["h"]
 
@@ -174,7 +175,7 @@ ROPE = {"rope_freqs.weight": (np.ones(SIZE // 2, np.float32), KINDS.F32)}
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(architecture="qwen2"), "m.gguf has architecture 'qwen2', which is not supported; convert the model elsewhere, and give its folder."),
+        (dict(architecture="qwen2"), "m.gguf has architecture 'qwen2', which is not supported; convert it elsewhere, and give its folder."),
         (dict(tokenizer__ggml__pre="llama-bpe"), "has tokenizer.ggml.pre='llama-bpe', which is not supported"),
         (dict(tokenizer__ggml__model="llama"), "has tokenizer.ggml.model='llama', which is not supported"),
         (dict(llama__rope__scaling__type="yarn"), "has rope scaling 'yarn', which is not supported"),
@@ -213,6 +214,10 @@ def test_a_file_cut_anywhere_is_one_sentence(tmp_path):
         (tmp_path / "m.gguf").write_bytes(whole[:size])
         with pytest.raises(UserError, match="m.gguf is damaged or cut short .*; copy the file again."):
             gguf.convert(str(tmp_path / "m.gguf"), str(tmp_path / "out"))
+    at = whole.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 8 + 6
+    (tmp_path / "m.gguf").write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])  # 2^55 types
+    with pytest.raises(UserError, match="is damaged or cut short .it ends too early."):
+        gguf.convert(str(tmp_path / "m.gguf"), str(tmp_path / "out"))
     (tmp_path / "m.gguf").write_bytes(b"not a model at all" * 10)
     with pytest.raises(UserError, match="is damaged or cut short .GGUF magic invalid."):
         gguf.convert(str(tmp_path / "m.gguf"), str(tmp_path / "out"))

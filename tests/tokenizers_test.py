@@ -30,6 +30,11 @@ def test_text_comes_back_without_special_tokens(folder):
     assert tokenizer.decode(tokenizer.encode("é")[:1] + [175]) == "é\ufffd"  # a character cut in two
 
 
+def test_a_pad_that_is_no_special_token_is_skipped_too(tmp_path):
+    tokenizer = TextTokenizer(write(tmp_path / "m", dict(SETTINGS, pad_token="<tool>")))
+    assert tokenizer.pad_id == 266 and tokenizer.decode([263, 266, 263]) == "hellohello"
+
+
 def test_text_that_is_no_unicode_is_one_sentence(folder):
     with pytest.raises(UserError, match=r"text 'a\\ud800' is not valid Unicode .*; mend the examples."):
         TextTokenizer(folder).encode("a\ud800")

@@ -67,8 +67,16 @@ class _File:
         self.path, self._dequantize = path, gguf.dequantize
         if not os.path.isfile(path):
             raise UserError(f"{path} is no file; name a GGUF file.")
+
+        class Reader(gguf.GGUFReader):
+            def _get(self, offset, dtype, count=1, **others):
+                found = super()._get(offset, dtype, count, **others)
+                if len(found) < count:  # or a damaged length would be counted up to
+                    raise ValueError("it ends too early")
+                return found
+
         with self.damage(), np.errstate(all="ignore"):
-            reader = gguf.GGUFReader(path)
+            reader = Reader(path)
             self._fields = reader.fields
             self.tensors = {tensor.name: tensor for tensor in reader.tensors}
 
@@ -84,7 +92,7 @@ class _File:
             raise UserError(f"{self.path} is damaged or cut short ({reason}); copy the file again.") from error
 
     def refused(self, what: str) -> UserError:
-        return UserError(f"{self.path} has {what}, which is not supported; convert the model elsewhere, and give its folder.")
+        return UserError(f"{self.path} has {what}, which is not supported; convert it elsewhere, and give its folder.")
 
     def get(self, key: str, kind: type, default=None):
         """The value of a key; of no default, it must be there. Raises UserError where it is missing or no `kind`."""
@@ -108,7 +116,8 @@ class _File:
         if tensor.tensor_type.name in ("F64", "I8", "I16", "I32", "I64"):
             raise self.refused(f"tensor {name} of type {tensor.tensor_type.name}")
         try:
-            found = self._dequantize(tensor.data, tensor.tensor_type)
+            with np.errstate(all="ignore"):  # what is not finite is refused below
+                found = self._dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
             raise self.refused(f"tensor {name} of type {tensor.tensor_type.name}") from error
         if not np.all(np.isfinite(found)):
