@@ -28,6 +28,7 @@ setup(
         "safetensors>=0.5.3",  # files of published weights
         "numpy",
         "tokenizers",  # of published models
+        "huggingface_hub",  # models by name; tokenizers needs it too
         "jinja2",  # their chat templates
     ],
     extras_require={

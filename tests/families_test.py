@@ -7,12 +7,13 @@ import families_oracle as O
 import jax
 import jax.numpy as jnp
 import numpy as np
+import paths_oracle
 import pytest
 
 from treerl import attention
 from treerl.errors import UserError
 from treerl.models import families, weights
-from treerl.models.policy import make_policy, packed_hidden
+from treerl.models.policy import packed_hidden
 from treerl.models.presets import PRESETS
 from treerl.models.transformer import Llama3Scaling, Model, TransformerConfig
 
@@ -31,42 +32,11 @@ def model_of(name, seed=0):
         return model, weights.load(folder, model)
 
 
-def forward(model, params):
-    """Logits [2, 12, V] of the rollouts as rows of their own."""
-    position = jnp.broadcast_to(jnp.arange(O.TOKENS.shape[1]), O.TOKENS.shape)
-    module = model.merge(params)
-    hidden, _ = module(jnp.asarray(O.TOKENS), position, attention.causal(jnp.full((2,), position.shape[1])))
-    return module.logits(hidden)
+def on_tokens(run):
+    return lambda model, params: run(model, params, O.TOKENS, O.PROMPT, O.SHARED)
 
 
-def stepped(model, params):
-    """The same by prefill and steps through the pool, slot 1 born from slot 0 after the shared tokens."""
-    policy = make_policy(model, params, slots=2, rows=ROWS)
-    prompt = jnp.asarray(np.pad(O.TOKENS[:1, : O.PROMPT], ((0, 0), (0, 2))))  # right-padded
-    cache = policy.prefill(prompt, jnp.array([O.PROMPT]))
-    column = np.array([[0] * ROWS, [0] * O.SHARED + [1] * (ROWS - O.SHARED)])
-    out = []
-    for row in range(-1, ROWS):
-        token = jnp.asarray(O.TOKENS[None, :, O.PROMPT + max(row, 0)])
-        path = jnp.asarray(np.where(np.arange(ROWS) <= row, column, -1)[None], jnp.int32)
-        write = jnp.array([[row >= 0, row >= O.SHARED]])
-        logits, cache = policy.decode(cache, token, jnp.full((1, 2), row), path, write, ROWS)
-        out.append(logits[0])
-    return jnp.stack(out, 1)  # from the last token of the prompt on
-
-
-def packed(model, params):
-    """The same from one bin: prompt and shared tokens once, then slot 0's own, then slot 1's, then padding."""
-    trunk = O.PROMPT + O.SHARED
-    own = O.TOKENS.shape[1] - trunk
-    token = np.concatenate([O.TOKENS[0], O.TOKENS[1, trunk:], [0, 0]])
-    position = np.concatenate([np.arange(trunk + own), np.arange(trunk, trunk + own), [0, 0]])
-    stop = np.concatenate([np.full(trunk, trunk + 2 * own), np.full(own, trunk + own), np.full(own, trunk + 2 * own), [0, 0]])
-    module, hidden = packed_hidden(model, params, *(jnp.asarray(x, jnp.int32)[None] for x in (token, position, stop)))
-    logits = module.logits(hidden)[0]
-    return jnp.stack([logits[: trunk + own], jnp.concatenate([logits[:trunk], logits[trunk + own : -2]])])
-
-
+forward, stepped, packed = map(on_tokens, (paths_oracle.forward, paths_oracle.stepped, paths_oracle.packed))
 PATHS = dict(forward=(forward, 0), stepped=(stepped, O.PROMPT - 1), packed=(packed, 0))
 
 

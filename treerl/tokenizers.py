@@ -75,7 +75,7 @@ class TextTokenizer:
         try:
             self._tokenizer = Tokenizer.from_file(path)
         except Exception as error:  # the library has one plain Exception for everything
-            raise UserError(f"{path} is damaged or cut short ({error}); copy the file again.") from error
+            raise UserError(f"{path} is damaged or cut short ({_reason(error)}); copy the file again.") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -92,7 +92,7 @@ class TextTokenizer:
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # half a surrogate pair, of JSON that was cut
-            raise UserError(f"text {text[:40]!r} is not valid Unicode ({error}); mend the examples.") from error
+            raise UserError(f"text {text[:40]!r} is not valid Unicode ({_reason(error)}); mend the examples.") from error
 
     def decode(self, ids) -> str:
         """Text up to the first EOS; pads, special tokens and ids beyond the vocabulary are skipped."""
@@ -121,7 +121,7 @@ class TextTokenizer:
         try:
             return _compiled(self._template).render(**self._words, **given)
         except Exception as error:  # a template is a program of somebody else's
-            raise UserError(f"the chat template of {self.folder} fails ({error}); {fix}.") from error
+            raise UserError(f"the chat template of {self.folder} fails ({_reason(error)}); {fix}.") from error
 
     def _id(self, word: str) -> int | None:
         return self._tokenizer.token_to_id(self._words[word]) if word in self._words else None
@@ -167,6 +167,11 @@ def _read_json(folder: str, name: str) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy the file again.") from error
     return found
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _content(token) -> str | None:

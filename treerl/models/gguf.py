@@ -67,8 +67,16 @@ class _File:
         self.path, self._dequantize = path, gguf.dequantize
         if not os.path.isfile(path):
             raise UserError(f"{path} is no file; name a GGUF file.")
+
+        class Reader(gguf.GGUFReader):
+            def _get(self, offset, dtype, count=1, **others):
+                found = super()._get(offset, dtype, count, **others)
+                if len(found) < count:  # or a damaged length would be counted up to
+                    raise ValueError("it ends too early")
+                return found
+
         with self.damage(), np.errstate(all="ignore"):
-            reader = gguf.GGUFReader(path)
+            reader = Reader(path)
             self._fields = reader.fields
             self.tensors = {tensor.name: tensor for tensor in reader.tensors}
 
@@ -80,10 +88,11 @@ class _File:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{self.path} is damaged or cut short ({error}); copy the file again.") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self.path} is damaged or cut short ({reason}); copy the file again.") from error
 
     def refused(self, what: str) -> UserError:
-        return UserError(f"{self.path} has {what}, which is not supported; convert the model elsewhere, and give its folder.")
+        return UserError(f"{self.path} has {what}, which is not supported; convert it elsewhere, and give its folder.")
 
     def get(self, key: str, kind: type, default=None):
         """The value of a key; of no default, it must be there. Raises UserError where it is missing or no `kind`."""
@@ -107,7 +116,8 @@ class _File:
         if tensor.tensor_type.name in ("F64", "I8", "I16", "I32", "I64"):
             raise self.refused(f"tensor {name} of type {tensor.tensor_type.name}")
         try:
-            found = self._dequantize(tensor.data, tensor.tensor_type)
+            with np.errstate(all="ignore"):  # what is not finite is refused below
+                found = self._dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
             raise self.refused(f"tensor {name} of type {tensor.tensor_type.name}") from error
         if not np.all(np.isfinite(found)):
@@ -131,9 +141,6 @@ def _config(file: _File) -> TransformerConfig:
         raise file.refused("experts")
     width, heads = get("embedding_length"), get("attention.head_count")
     head_dim = get("attention.key_length", int, width // max(heads, 1))
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if get(key, int, head_dim) != head_dim:
-            raise file.refused(f"{name}.{key}={get(key)} beside heads of {head_dim}")
     decimal = lambda key, default=None: float(str(np.float32(get(key, float, default))))  # 1e-05, not 9.99999974e-06
     sizes = dict(
         vocab_size=get("vocab_size", int, len(file.get("tokenizer.ggml.tokens", list))),
@@ -143,9 +150,13 @@ def _config(file: _File) -> TransformerConfig:
         rms_norm_eps=decimal("attention.layer_norm_rms_epsilon"), tie_word_embeddings="output.weight" not in file.tensors,
     )  # fmt: skip
     try:
-        return TransformerConfig(**families.fields(dict(sizes, architectures=["LlamaForCausalLM"])))
+        config = TransformerConfig(**families.fields(dict(sizes, architectures=["LlamaForCausalLM"])))
     except UserError as error:
         raise UserError(f"{file.path} is damaged ({str(error).rstrip('.')}); copy the file again.") from error
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if get(key, int, head_dim) != head_dim:
+            raise file.refused(f"{name}.{key}={get(key)} beside heads of {head_dim}")
+    return config
 
 
 def _tensors(file: _File, config: TransformerConfig) -> dict[str, tuple[tuple, str]]:
@@ -197,6 +208,8 @@ def _tokenizer(file: _File) -> Tokenizer:
     with file.damage():
         vocab = {token: i for i, token in enumerate(tokens)}
         pairs = [tuple(merge.split(" ")) for merge in merges]
+        if wrong := [merge for merge, pair in zip(merges, pairs) if len(pair) != 2]:
+            raise ValueError(f"merge {wrong[0]!r} is no pair")
         if not len(vocab) == len(tokens) == len(kinds):
             raise ValueError(f"{len(vocab)} distinct tokens of {len(tokens)}, {len(kinds)} types")
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs))

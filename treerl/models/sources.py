@@ -76,7 +76,7 @@ def _alone(folder: str):
     except ImportError:  # not a Unix
         fcntl = None
     with writing(f"model {folder}", "free some space, or name another cache."):
-        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
         lock = open(f"{folder}.lock", "w", encoding="utf-8")
     with lock:
         if fcntl:
@@ -98,7 +98,7 @@ def _downloaded(name: str) -> str:
     wanted = dict(allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
     try:
         folder = hub.snapshot_download(name, local_files_only=True, **wanted)
-        if _complete(folder):
+        if _complete(folder) and os.path.exists(os.path.join(folder, "tokenizer.json")):
             return folder
     except Exception:  # not there, or not as a whole
         pass
