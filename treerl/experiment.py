@@ -188,6 +188,12 @@ class Experiment:
         tree, reward, advantage, stats = jax.device_get((sampled.tree, graded.reward, found, sampled.stats))
         return jax.tree.map(lambda x: x[: len(examples)], Grown(tree, reward, advantage, stats.forks, stats.pruned))
 
+    def export(self, state, folder: str, *, dtype: str | None = None) -> None:
+        """Writes the policy as a model in Hugging Face's format, adapters merged; see `weights.save`."""
+        model = self.fns.model
+        params = jax.jit(model.fold)(state.params) if model.config.lora_rank else state.params
+        weights.save(folder, params, model.plain, self.folder, dtype=dtype)
+
     def prompt_text(self, example: dict) -> str:
         """What the model reads."""
         return self.task.tokenizer.decode_prompt(self.task.encode(example).prompt)
