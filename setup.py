@@ -30,12 +30,15 @@ setup(
         "tokenizers",  # of published models
         "huggingface_hub",  # models by name; tokenizers needs it too
         "jinja2",  # their chat templates
+        "gguf",  # models in that format
+        "math-verify",  # whether two answers are the same in mathematics
+        "scipy",  # intervals
     ],
     extras_require={
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
-        "text": ["reasoning-gym", "math-verify", "gguf"],  # text tasks, mathematical answers, GGUF files
-        "test": ["pytest", "pytest-xdist", "reasoning-gym", "math-verify", "gguf"],
+        "gym": ["reasoning-gym"],  # a hundred text tasks
+        "test": ["pytest", "pytest-xdist", "reasoning-gym"],
         "notebooks": ["jupyter", "nbconvert", "ipykernel"],
     },
 )

