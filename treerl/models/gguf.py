@@ -7,7 +7,6 @@ import os
 import shutil
 
 import numpy as np
-from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from treerl.errors import UserError, writing
@@ -47,7 +46,7 @@ def convert(path: str, folder: str, *, file_bytes: int = 5 * 10**9) -> None:
         os.makedirs(partial)
         for name, rows in files.items():
             values = {row[0]: _values(file, row[0], stored[row[0]][1], config) for row in rows}
-            save_file(values, os.path.join(partial, name), metadata={"format": "pt"})
+            weights.write_tensors(os.path.join(partial, name), values)
         if len(files) > 1:
             weights.write_index(partial, files, 4)
         tokenizer.save(os.path.join(partial, "tokenizer.json"))

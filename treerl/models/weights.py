@@ -97,7 +97,7 @@ def save(
                 if mine:
                     values[tensor] = piece.take(leaf)
             if mine:
-                save_file(values, os.path.join(partial, name), metadata={"format": "pt"})
+                write_tensors(os.path.join(partial, name), values)
         if mine:
             if len(files) > 1:
                 write_index(partial, files, np.dtype(dtype).itemsize)
@@ -267,6 +267,14 @@ def write_index(folder: str, files: dict[str, list], itemsize: int) -> None:
     total = sum(int(np.prod(tensor[-1])) for tensors in files.values() for tensor in tensors) * itemsize
     names = {tensor[0]: name for name, tensors in files.items() for tensor in tensors}
     write_json(os.path.join(folder, INDEX), {"metadata": {"total_size": total}, "weight_map": names})
+
+
+def write_tensors(path: str, tensors: dict) -> None:
+    """One safetensors file, which others may read as far as the umask says; the library's own may only be read by its owner."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
 
 
 def write_json(path: str, value: dict) -> None:
