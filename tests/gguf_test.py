@@ -244,7 +244,7 @@ def test_what_a_kill_left_behind_is_replaced_and_a_full_disk_is_one_sentence(tmp
         raise OSError(28, os.strerror(28))
 
     with monkeypatch.context() as patch:
-        patch.setattr(gguf, "save_file", full)
+        patch.setattr(gguf.weights, "write_tensors", full)
         with pytest.raises(UserError, match="out cannot be written .No space left on device.; free some space"):
             gguf.convert(str(tmp_path / "m.gguf"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
