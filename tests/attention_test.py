@@ -97,7 +97,6 @@ def test_the_kernel_is_chosen_on_gpus_alone(monkeypatch):
     assert attention.kernel(64) is attention.dense  # tests run on a CPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert attention.kernel(64) is attention.fused
-    assert attention.kernel(64, None, "float32") is attention.dense
     assert attention.kernel(24) is attention.dense and attention.kernel(8) is attention.dense
 
 

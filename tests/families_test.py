@@ -107,7 +107,7 @@ def test_gradients_through_a_window_are_the_same_with_remat():
 
 def test_the_kernel_is_used_unless_a_window_hides_something(monkeypatch):
     used = []
-    monkeypatch.setattr(attention, "kernel", lambda head_dim, mesh, dtype: used.append(head_dim) or attention.dense)
+    monkeypatch.setattr(attention, "kernel", lambda head_dim, mesh: used.append(head_dim) or attention.dense)
     model, params = model_of("gemma3")
     stepped(model, params)
     assert used == []

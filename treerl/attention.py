@@ -139,15 +139,14 @@ def dense(q, cache, prompt_length, path, rows, row=None, window=None):
     return out / norm[..., None]
 
 
-def kernel(head_dim: int, mesh: Mesh | None = None, dtype: str = "bfloat16") -> Callable:
+def kernel(head_dim: int, mesh: Mesh | None = None) -> Callable:
     """`fused` where the devices are GPUs and the heads fit it, else `dense`.
 
     Args:
       mesh: trees over data and fsdp, heads over tensor; None is the default device.
-      dtype: of activations; with float32, whose exact products Triton compiled for minutes, `dense`.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    if platform != "gpu" or head_dim < 16 or head_dim & (head_dim - 1) or dtype == "float32":
+    if platform != "gpu" or head_dim < 16 or head_dim & (head_dim - 1):
         return dense
     return fused if mesh is None or mesh.size == 1 else sharded(fused, mesh)
 

@@ -40,7 +40,7 @@ def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Me
         length, last, _, caches = cache
         views = module.views(length[:, None] + row, caches[0][0].shape[2] + path.shape[2])
         hides = views[0][1] is not None
-        form = attention.dense if hides else attention.kernel(config.head_dim, mesh, config.dtype)
+        form = attention.dense if hides else attention.kernel(config.head_dim, mesh)
         attend = attention.pool(length, path, row, write, rows, form)
         # traced once: what differs between layers comes in as data
         block = jax.jit(lambda weights, x, cache, view: apply(weights, x, view[0], attend, cache, view[1]))
