@@ -3,7 +3,7 @@
 Run as a program it takes steps on simulated devices, see `test_devices_do_not_change_the_step`.
 """
 import contextlib
-import functools
+import json
 import os
 import pathlib
 import subprocess
@@ -221,6 +221,16 @@ def test_without_samples_nothing_is_handed_out(runs):
         state, metrics = quiet.train_step(quiet.init(0), prompts, quiet.knobs)
     assert "samples" in runs["split"][1][0][1] and "samples" not in metrics
     np.testing.assert_allclose(metrics["reward"], runs["split"][1][0][1]["reward"], rtol=1e-6)
+
+
+def test_samples_of_rewards_that_are_not_finite(runs):
+    """Such as of a score near the largest float32, doubled: a line of strict JSON all the same."""
+    experiment, found = runs["split"]
+    shown = dict(found[0][1]["samples"])
+    shown["reward"] = np.full_like(shown["reward"], np.inf)
+    shown["parts"] = np.full_like(shown["parts"], np.nan)
+    answer = json.loads(json.dumps(experiment.samples(shown), allow_nan=False))[0]["answers"][0]
+    assert answer["reward"] is None and answer["scores"] == dict.fromkeys(GRADERS)
 
 
 # --- votes ---------------------------------------------------------------------------------------
