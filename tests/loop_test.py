@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import families_oracle
 import jax
@@ -123,7 +124,8 @@ def test_metrics_of_graders_reach_the_file_and_the_report(runs):
 
 def test_the_memory_of_a_step_is_told_before_the_first(runs):
     _, log, _ = runs
-    [told] = re.finditer(r"^memory of a step: [0-9.]+ GB on each device, [0-9.]+ GB of it temporaries$", log.replace("\r", "\n"), re.M)
+    words = r"^memory of a step: [0-9.]+ GB on each device, [0-9.]+ GB of it temporaries$"
+    [told] = re.finditer(words, log.replace("\r", "\n"), re.M)
     assert told.start() < re.search(rf"[1-9]/{STEPS} \[", log).start()
 
 
@@ -242,7 +244,7 @@ def test_a_run_that_finds_no_memory(monkeypatch, tmp_path):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     monkeypatch.setattr(T.Experiment, "grade", full)
-    monkeypatch.setattr(T.Experiment, "init", lambda self, seed: type("State", (), dict(params=None, quality=None, skipped=0)))
+    monkeypatch.setattr(T.Experiment, "init", lambda *_: SimpleNamespace(params=None, quality=None, skipped=0))
     monkeypatch.setattr(T.Checkpoints, "restore_latest", lambda *_: None)
     config = tiny()
     with pytest.raises(UserError, match="^a device ran out of memory; lower evaluation.batch or evaluation.samples, or set"):
@@ -338,9 +340,12 @@ def test_lines_that_cannot_work(line, message, tmp_path):
 
 
 def test_a_long_prompt_far_behind(tmp_path):
-    """A training prompt that would come up in step 2 alone."""
+    """A training prompt that the first step does not read."""
+    first = np.random.default_rng([0, 0]).permutation(12)[:8]
+    last = next(i for i in range(12) if i not in first)
+    lines = [dict(one, prompt=one["prompt"].ljust(16 if i == last else 0)) for i, one in enumerate(LINES)]
     path = tmp_path / "long.jsonl"
-    path.write_text("".join(json.dumps(dict(one, prompt=one["prompt"] + " " * 9 * (i == 2))) + "\n" for i, one in enumerate(LINES)))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert refused(tmp_path, "run", text__source=str(path)) == (
         "a prompt of 17 tokens is longer than sampler.prompt_length=16; raise sampler.prompt_length."
     )

@@ -119,7 +119,8 @@ def test_a_batch_without_any_leaf():
 def test_a_callback_with_large_arrays_ends():
     """Reading the operands inside of a callback may not wait for the device that waits for the callback."""
     mesh, size = sharding.make_mesh(), (4, 8, 4096)
-    host = HostGraders(("a",), (2.0,), lambda t, n, d: (t[:, :1].astype(np.float32), np.zeros(len(t), np.int8)), lambda t, n: "")
+    grade = lambda tokens, length, data: (tokens[:, :1].astype(np.float32), np.zeros(len(tokens), np.int8))
+    host = HostGraders(("a",), (2.0,), grade, lambda tokens, length: "")
 
     @jax.jit
     def program(x):
@@ -141,7 +142,8 @@ def test_a_callback_with_large_arrays_ends():
 @pytest.mark.parametrize("seed", range(3))
 def test_on_the_device_equal_answers_are_equal_tokens(seed):
     tree, data = batch(seed=seed, slots=8)
-    score = lambda tokens, length, data: (jnp.sum(jnp.where(jnp.arange(4) < length, tokens, 0)) + data["row"]).astype(jnp.float32)
+    total = lambda tokens, length: jnp.sum(jnp.where(jnp.arange(4) < length, tokens, 0))
+    score = lambda tokens, length, data: (total(tokens, length) + data["row"]).astype(jnp.float32)
     got = jax.jit(lambda tree, data: rewards.on_device(tree, data, score))(tree, data)
     repeated = 0
     for b in range(len(data["row"])):
@@ -163,8 +165,8 @@ def test_on_the_device_equal_answers_are_equal_tokens(seed):
 
 def test_a_prefix_is_another_answer():
     """What lies behind an answer's end does not make it a longer one."""
-    make = jax.vmap(lambda token: T.from_parents([[-1, -1], [0, 1], [-1, 1]], [[1, 1], [1, 1], [0, 1]], [[1, 0], [2, 1]], token=token))
-    tree = make(jnp.array([[[5, 5], [6, 6], [0, 0]]]))
+    parent, used, ends = [[-1, -1], [0, 1], [-1, 1]], [[1, 1], [1, 1], [0, 1]], [[1, 0], [2, 1]]
+    tree = jax.vmap(lambda token: T.from_parents(parent, used, ends, token=token))(jnp.array([[[5, 5], [6, 6], [0, 0]]]))
     got = rewards.on_device(tree, {}, lambda tokens, length, data: length.astype(jnp.float32))
     assert got.key.tolist() == [[0, 1]] and got.reward.tolist() == [[2, 3]]
 
