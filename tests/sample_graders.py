@@ -53,3 +53,18 @@ def told(completion, example):
 
 def pid(completion, example):
     return os.getpid()
+
+
+def lower(completion, example):
+    """Share of small letters."""
+    return sum(c.islower() for c in completion) / max(len(completion), 1)
+
+
+def moody(completion, example):
+    """1, or what `mood` says of the completion."""
+    return told(mood(completion), example)
+
+
+def mood(completion):
+    """What `moody` does, by the characters; for most completions nothing."""
+    return {0: "raise", 1: "nan", 2: "sleep", 3: "end"}.get(sum(map(ord, completion)) % 12, "")

@@ -41,7 +41,8 @@ class Experiment:
         self.mesh = sharding.make_mesh(**config.mesh)
         data_dir = os.path.expanduser(config.data_dir)
         source = config.model.source
-        self.folder = sources.resolve(source, os.path.join(data_dir, "models")) if source else None  # of a published model
+        models = os.path.join(data_dir, "models")
+        self.folder = sources.resolve(os.path.expanduser(source), models) if source else None  # of a published model
         tokenizer = TextTokenizer(self.folder) if self.folder else None
         self.task = tasks.make(config.task, data_dir, config.text, tokenizer)
         self.fns = S.make_fns(config, self.task, self.mesh, folder=self.folder)
@@ -135,9 +136,11 @@ class Experiment:
         decode, shown = self.task.tokenizer.decode, jax.device_get(shown)
         names = self.fns.host.names if self.fns.host is not None else ()
 
+        number = lambda x: float(x) if np.isfinite(x) else None  # as in metrics.jsonl
+
         def answer(b, i):
-            line = dict(text=decode(shown["answer"][b, i, : shown["length"][b, i]]), reward=float(shown["reward"][b, i]))
-            scores = {name: float(x) for name, x in zip(names, shown["parts"][b, i])}
+            line = dict(text=decode(shown["answer"][b, i, : shown["length"][b, i]]), reward=number(shown["reward"][b, i]))
+            scores = {name: number(x) for name, x in zip(names, shown["parts"][b, i])}
             fault = FAULTS[shown["fault"][b, i]]
             return line | (dict(scores=scores) if scores else {}) | (dict(fault=fault) if fault else {})
 
@@ -149,6 +152,7 @@ class Experiment:
             for b, (prompt, length) in enumerate(zip(shown["prompt"], shown["prompt_length"]))
         ]
 
+    @profiling.out_of_memory("lower evaluation.batch or evaluation.samples, or set sampler.pool_dtype=bfloat16.")
     def evaluate(self, state, seed: int = 0) -> dict:
         """Scores on held-out examples, from n samples of each.
 

@@ -108,11 +108,11 @@ def check_memory(plan: Memory) -> None:
 
 
 @contextlib.contextmanager
-def out_of_memory():
+def out_of_memory(fix: str = SAVE_MEMORY):
     """Turns a device's lack of memory into a UserError."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"a device ran out of memory; {SAVE_MEMORY}") from error
+        raise UserError(f"a device ran out of memory; {fix}") from error

@@ -19,6 +19,7 @@ from treerl import step as S
 from treerl.checkpoint import Checkpoints
 from treerl.errors import UserError, writing
 from treerl.experiment import Experiment
+from treerl.models import weights
 from treerl.optimizer import make_optimizer
 from treerl.workdir import claim, write_config
 
@@ -79,6 +80,20 @@ def check_warm_start(experiment: Experiment) -> None:
     examples = first_examples(experiment)
     P.encode(experiment.task, examples, np.arange(len(examples)), config.sampler.prompt_length)
     P.encode_answers(experiment.task, examples, config.sampler.answer_length)
+
+
+def check_start(experiment: Experiment) -> None:
+    """Raises UserError where what a new run will read cannot work: published weights, and every prompt up to its end.
+
+    A prompt that is too long would end the run when its turn comes, and its workdir keeps sampler.prompt_length.
+    """
+    if experiment.folder:
+        weights.check(experiment.folder, experiment.fns.model.plain)
+    config, stream = experiment.config, experiment.stream()
+    count, batch = min(config.steps * config.sampler.prompts, len(experiment.task.train)), config.sampler.prompts
+    for start in range(0, count, batch):
+        examples, index = stream.examples(start, min(batch, count - start))
+        P.encode(experiment.task, examples, index, config.sampler.prompt_length)
 
 
 def stop_if_diverged(config: ConfigDict, state, moment: str, advice: str) -> None:
@@ -160,7 +175,7 @@ def train(config: ConfigDict, workdir: str, progress: bool = True, profile: tupl
     Raises:
       Interrupted: by a signal, after saving. Diverged: too many updates in a row were skipped.
     """
-    with first_signal() as caught:
+    with first_signal() as caught, profiling.out_of_memory():
         return _train(config, workdir, progress, profile, caught)
 
 
@@ -169,6 +184,8 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, caught: li
     claim(workdir, config)
     experiment = Experiment(config)
     check_warm_start(experiment)
+    if not os.path.exists(os.path.join(workdir, "config.json")):
+        check_start(experiment)
     with writing(f"workdir={workdir}", REFUSED):
         write_config(workdir, config)
     stream = experiment.stream()
@@ -212,9 +229,9 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, caught: li
                 prompts = experiment.prompts(examples, index)
                 if number == start + 1:
                     plan = experiment.compile_step(state, prompts)
-                    print(f"memory of a step: {plan}", file=sys.stderr, flush=True)
+                    tqdm.write(f"memory of a step: {plan}", file=sys.stderr)  # not into the bar
                     profiling.check_memory(plan)
-                with trace.step(number), profiling.out_of_memory():
+                with trace.step(number):
                     state, values = experiment.train_step(state, prompts, experiment.knobs)
                     shown = values.pop("samples", None)
                     values = jax.device_get(values)

@@ -181,7 +181,7 @@ def _imported(name: str) -> Callable:
         raise UserError(f"text.graders: {name!r} is unknown; known are {', '.join(BUILT_IN)}, and module:function of your own.")
     try:
         module = importlib.import_module(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{path}.".startswith(f"{missing}."):
             raise UserError(

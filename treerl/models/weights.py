@@ -45,17 +45,21 @@ def load(folder: str, model: Model, mesh: Mesh | None = None) -> Params:
     """
     mesh = mesh or Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
     shapes, config = model.shapes(), model.config
-    _same_model(folder, families.read(folder), config)
     placed = sharding.parameter_shardings(mesh, model.axes(), shapes)
     with contextlib.ExitStack() as files:
-        stored = _open(folder, files)
-        _check(folder, stored, model)
+        stored = _checked(folder, model, files)
         params = jax.tree.map(lambda x: None, shapes)
         for path, parts in layout.pieces(config).items():
             leaf, where = layout.at(shapes, path), layout.at(placed, path)
             make = _stacked if path[0] == "blocks" else _whole
             layout.at(params, path[:-1])[path[-1]] = make(stored, parts, leaf, where)
     return params
+
+
+def check(folder: str, model: Model) -> None:
+    """Raises what `load` would of these files and this model; reads little more than the files' heads."""
+    with contextlib.ExitStack() as files:
+        _checked(folder, model, files)
 
 
 def save(
@@ -131,6 +135,14 @@ def _numbers(config: TransformerConfig) -> dict:
 
 
 # --- reading --------------------------------------------------------------------------------------
+
+
+def _checked(folder: str, model: Model, files: contextlib.ExitStack) -> dict:
+    """Name of every stored tensor -> its slice, where all of them fit the model."""
+    _same_model(folder, families.read(folder), model.config)
+    stored = _open(folder, files)
+    _check(folder, stored, model)
+    return stored
 
 
 def _open(folder: str, files: contextlib.ExitStack) -> dict:
