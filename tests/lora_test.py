@@ -13,6 +13,7 @@ from sharding_test import Tiny, one_device, quick_compiles
 from treerl import attention
 from treerl import step as S
 from treerl.models import families, weights
+from treerl.models.policy import make_policy
 from treerl.models.transformer import INPUTS, LORA, Model
 
 TOKENS = jnp.asarray(O.TOKENS)
@@ -124,10 +125,32 @@ def test_the_reference_is_the_model_without_its_adapters_change(tiny):
     assert abs(float(first["kl"])) < 1e-6 < float(second["kl"])
 
 
-def test_the_sampler_draws_from_the_folded_model(tiny):
-    """Log-probs of the sampler, which has no adapters, against the learner's, which has."""
+def test_the_sampler_draws_with_the_adapters(tiny):
+    """Log-probs of the sampler against the learner's, after an update that changed the policy."""
     _, _, _, (_, second) = tiny
-    assert 0 < float(second["logp_drift_max"]) < 1e-4
+    assert 0 < float(second["logp_drift_max"]) < 1e-4 and float(second["kl"]) > 1e-4
+
+
+def test_a_change_too_small_for_bfloat16_weights_reaches_the_sampler():
+    """Folded into the weights it would be rounded away."""
+    model = Model(families_config(dtype="bfloat16", param_dtype="bfloat16"))
+    params = model.init(jax.random.key(0))
+    trained, frozen = model.split(params)
+    small = jax.tree.map(lambda x: x if np.any(x != 0) else jnp.full_like(x, 2e-5), trained)
+    folded = model.fold(model.join(small, frozen))
+    changed = np.mean([np.mean(np.asarray(folded["blocks"][name] != frozen["blocks"][name])) for name in INPUTS])
+    assert changed < 0.2
+    policy = lambda trained: decoded(model, model.join(trained, frozen))
+    larger = jax.tree.map(lambda x, y: x if x is y else 100 * y, trained, small)
+    assert np.abs(policy(larger) - policy(trained)).max() > 0.01
+
+
+def decoded(model, params):
+    """Logits after a prompt, by the sampler's policy."""
+    policy = make_policy(model, params, slots=1, rows=2)
+    cache = policy.prefill(TOKENS[:1], jnp.array([TOKENS.shape[1]]))
+    path, write = jnp.zeros((1, 1, 2), jnp.int32) - 1, jnp.zeros((1, 1), bool)
+    return np.asarray(policy.decode(cache, jnp.zeros((1, 1), jnp.int32), path[..., 0], path, write, 2)[0])
 
 
 def test_adapters_gradients_are_those_of_the_folded_weights(tiny):

@@ -96,8 +96,8 @@ NO_EOS = {key: value for key, value in SETTINGS.items() if key != "eos_token"}
     "settings, files, eos, pad",
     [
         (SETTINGS, {}, (2,), 3),
-        (SETTINGS, dict(generation_config=dict(eos_token_id=[7, 2]), config=dict(eos_token_id=8)), (7, 2, 8), 3),
-        (SETTINGS, dict(generation_config=dict(eos_token_id=None), config=dict(eos_token_id=[9])), (9, 2), 3),
+        (SETTINGS, dict(generation_config=dict(eos_token_id=[7, 2]), config=dict(eos_token_id=8)), (2, 7, 8), 3),
+        (SETTINGS, dict(generation_config=dict(eos_token_id=None), config=dict(eos_token_id=[9])), (2, 9), 3),
         (NO_EOS, dict(config=dict(eos_token_id=0)), (0,), 3),
         (dict(NO_EOS, pad_token=None), dict(generation_config=dict(eos_token_id=5, pad_token_id=6)), (5,), 6),
         (dict(SETTINGS, pad_token="<none>"), dict(config=dict(pad_token_id=-1)), (2,), 2),

@@ -36,6 +36,7 @@ def default() -> ConfigDict:
             answer="answer",  # jsonl, tfds: column of the reference answer; of one with "####" (GSM8K), what follows
             options=ConfigDict(),  # arguments of the task: "{'digits': 2}" of addition, those of reasoning_gym's task
             chat=True,  # render prompts by the model's own chat template
+            chat_options=ConfigDict(),  # what else the chat template is given: "{'enable_thinking': False}" (Qwen3)
             system="",  # text of the system message; "": none, and the template's own default
             shots=(),  # worked examples before the question: ((question, answer), ...); () with addition: none either
             template="{prompt}",  # what the user says
@@ -43,6 +44,7 @@ def default() -> ConfigDict:
             graders=ConfigDict(dict(exact=1.0)),  # name -> weight in the reward: exact, number, math, reasoning_gym, or
             #                                       module:function of your own (of a package, package/module:function),
             #                                       (completion, example) -> number; see treerl.graders
+            right="",  # the grader whose score above 0.5 makes an answer right in pass@k; "": the reward itself
             threshold=0.0,  # above 0: scores of graders count 1 from it and 0 below; 0: as they are
             seconds=5.0,  # a grader may take for one answer, which is worth 0 beyond
             workers=2,  # processes that grade
@@ -195,7 +197,7 @@ def default() -> ConfigDict:
     return config
 
 
-OPTIONS = ("text.options", "text.graders", "advantage.options", "advantage.multipliers", "pruning.options", "pruning.backward_options")  # checked where the functions that take them are known
+OPTIONS = ("text.options", "text.chat_options", "text.graders", "advantage.options", "advantage.multipliers", "pruning.options", "pruning.backward_options")  # checked where the functions that take them are known
 
 
 def fields(config, prefix: str = ""):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from treerl import draw, profiling, rewards, sharding, tasks
+from treerl import draw, masked, profiling, rewards, sharding, tasks
 from treerl import prompts as P
 from treerl import step as S
 from treerl import tree as T
@@ -50,13 +50,18 @@ class Experiment:
         trees, whole = sharding.trees(self.mesh), sharding.replicated(self.mesh)
         self.trees = trees
         self.shardings = shardings = S.state_shardings(self.fns)
+        if config.text.right and (self.fns.host is None or config.text.right not in self.fns.host.names):
+            raise UserError(f"text.right={config.text.right!r} is none of text.graders; name one of them, or set it to ''.")
         self._split = self.fns.host is not None and config.text.grading == "split"
 
         def program(function, takes, gives, **options):
             return jax.jit(functools.partial(function, self.fns, **options), in_shardings=takes, out_shardings=gives)
 
         self._whole_step, self._sample_half, self._learn_half = (
-            jax.jit(functools.partial(function, self.fns), in_shardings=takes, out_shardings=gives, donate_argnums=donated)
+            jax.jit(
+                functools.partial(function, self.fns), in_shardings=takes, out_shardings=gives, donate_argnums=donated,
+                keep_unused=True,  # what a half does not read, such as moments, takes memory all the same
+            )
             for function, takes, gives, donated in (
                 (S.train_step, (shardings, trees, whole), (shardings, whole), 0),
                 (S.sample_half, (shardings, trees, whole), trees, ()),
@@ -120,7 +125,11 @@ class Experiment:
         return self._learn_half(state, prompts, sampled, self.grade(sampled.tree, prompts), knobs)
 
     def compile_step(self, state, prompts) -> profiling.Memory:
-        """Compiles the training step for these shapes, so that calls run what was compiled; returns the memory it takes."""
+        """Compiles the training step for arguments like these, so that calls run what was compiled; the memory it takes.
+
+        Args:
+          state, prompts: arrays, or `jax.ShapeDtypeStruct` like them, as of `state_shape`.
+        """
         with profiling.out_of_memory():
             if not self._split:
                 self._whole_step = self._whole_step.lower(state, prompts, self.knobs).compile()
@@ -158,22 +167,33 @@ class Experiment:
 
         Returns:
           pass@k, unbiased, for k = 1, 2, 4, ... up to n; majority@n, the share of examples whose most frequent answer
-          is right; with a quality head weighted@n, where samples vote by the rank of their scores.
+          is right; with a quality head weighted@n, where samples vote by the rank of their scores; with graders on the
+          host heldout/reward and heldout/NAME, their mean scores. An answer is right where the score of the grader
+          text.right, else the reward, is above 0.5.
         """
         key, n = jax.random.key(seed), self.config.evaluation.samples
 
-        def scores_of(batch):
-            tree, known = self._evaluate(state.params, state.quality, batch, key, self.knobs)
+        def scores_of(batch, tree, known):
             graded = self.grade(tree, batch)
-            return dict(known, reward=graded.reward, answer=graded.key)
+            return self._gather(dict(known, reward=graded.reward, answer=graded.key, parts=graded.parts))
 
-        gathered = [self._gather(scores_of(batch)) for batch in self._heldout]
+        gathered, waiting = [], None
+        for batch in self._heldout:  # the host grades one while the device samples the next
+            sampled = batch, *self._evaluate(state.params, state.quality, batch, key, self.knobs)
+            gathered += [scores_of(*waiting)] if waiting else []
+            waiting = sampled
+        gathered.append(scores_of(*waiting))
         found = {name: np.concatenate([x[name] for x in jax.device_get(gathered)]) for name in gathered[0]}
-        right = found["reward"] > 0.5
+        right, names = found["reward"] > 0.5, self.fns.host.names if self.fns.host is not None else ()
+        if self.config.text.right and names:
+            right = found["parts"][..., names.index(self.config.text.right)] > 0.5
         powers = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
         scores = {f"pass@{k}": pass_at_k(right.sum(axis=1), n, k) for k in powers}
         elected = lambda winner: float(np.mean((winner >= 0) & right[np.arange(len(right)), winner]))
         scores[f"majority@{n}"] = elected(majority_vote(found["answer"], found["valid"]))
+        if names:
+            scores["heldout/reward"] = float(masked.mean(found["reward"], found["valid"]))
+            scores |= {f"heldout/{x}": float(masked.mean(found["parts"][..., i], found["valid"])) for i, x in enumerate(names)}
         if "score" in found:
             scores[f"weighted@{n}"] = elected(weighted_vote(found["answer"], found["score"], found["valid"]))
         return scores

@@ -15,7 +15,7 @@ from treerl.errors import UserError
 # (title, patterns of the metrics drawn together), the most wanted first; what no pattern knows is drawn as "other".
 GROUPS = (
     ("reward", ("reward", "solved")),
-    ("scores of graders", ("reward/*",)),
+    ("scores of graders", ("reward/*", "heldout/*")),
     ("answers that graders failed on", ("graders_*",)),
     ("pass@k and votes on held-out examples", ("pass@*", "majority@*", "weighted@*")),
     ("loss", ("loss",)),

@@ -73,17 +73,18 @@ def in_numpy(host: HostGraders, tokens, length, data) -> Graded:
 
 def between(host: HostGraders, tokens: jax.Array, length: jax.Array, data) -> Graded:
     """`in_numpy` outside of any program: this process grades the trees of its own devices. Shardings as of the trees."""
-    where = length.sharding
-    local = lambda x, index: np.asarray(next(s.data for s in x.addressable_shards if s.index[0] == index))
-    graded = {}
-    for shard in length.addressable_shards:  # devices along the tensor axis hold the same trees
-        index = shard.index[0]
-        if (index.start, index.stop) not in graded:
-            own = jax.tree.map(lambda x: local(x, index), (tokens, length, data))
-            graded[index.start, index.stop] = in_numpy(host, *own)
-    part = lambda index: graded[index[0].start, index[0].stop]
-    make = lambda i, x: jax.make_array_from_callback(x.shape, where, lambda index: part(index)[i])
-    return Graded(*(make(i, x) for i, x in enumerate(shapes(*length.shape, len(host.names)))))
+    rows = lambda index: range(length.shape[0])[index[0]]
+    mine = sorted({rows(shard.index) for shard in length.addressable_shards}, key=min)  # copies along the tensor axis once
+    local = lambda x, own: next(np.asarray(s.data) for s in x.addressable_shards if rows(s.index) == own)
+    together = jax.tree.map(lambda x: np.concatenate([local(x, own) for own in mine]), (tokens, length, data))
+    graded, start = in_numpy(host, *together), {}
+    for own in mine:
+        start[own] = sum(map(len, start))
+    part = lambda x, index: x[start[rows(index)] :][: len(rows(index))]
+    make = lambda x: jax.make_array_from_callback(
+        (length.shape[0], *x.shape[1:]), length.sharding, functools.partial(part, x)
+    )  # fmt: skip
+    return Graded(*map(make, graded))
 
 
 def by_callback(host: HostGraders, tree: T.Tree, data, mesh: Mesh) -> Graded:

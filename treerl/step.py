@@ -108,9 +108,9 @@ def rollout(
     Args:
       quality: state of the quality head, if the config has one.
     """
-    model = fns.model.plain
+    model = fns.model  # adapters as they are: folded into bfloat16 weights, small changes would be rounded away
     gathered = sharding.parameter_shardings(fns.mesh, model.axes(), model.shapes(), gathered=True)
-    params = jax.tree.map(lambda p: p.astype(model.config.dtype), fns.model.fold(params))
+    params = jax.tree.map(lambda p: p.astype(model.config.dtype), params)
     params = jax.lax.with_sharding_constraint(params, gathered)  # once, before the loop
     size = fns.sizes
     plain = slots is not None

@@ -54,7 +54,11 @@ class CharTokenizer:
         """The same of a prompt, in which no EOS ends anything."""
         return self.decode(i for i in ids if i != self.eos_id)
 
-    def chat(self, messages: list[dict]) -> str:
+    def encode_start(self, text: str) -> list[int]:
+        """Ids of a prompt without a template: the same."""
+        return self.encode(text)
+
+    def chat(self, messages: list[dict], **_) -> str:
         """Raises UserError: characters have no chat template."""
         raise UserError("a tokenizer of characters has no chat template; set text.chat=False, or use a published model.")
 
@@ -94,6 +98,13 @@ class TextTokenizer:
         except Exception as error:  # half a surrogate pair, of JSON that was cut
             raise UserError(f"text {text[:40]!r} is not valid Unicode ({_reason(error)}); mend the examples.") from error
 
+    def encode_start(self, text: str) -> list[int]:
+        """Ids of a prompt without a template: with what the tokenizer itself puts in front, such as BOS, and no EOS behind."""
+        own = self.encode(text)
+        ids = self._tokenizer.encode(text, add_special_tokens=True).ids
+        before = next((i for i in range(len(ids)) if ids[i : i + len(own)] == own), 0)
+        return ids[:before] + own
+
     def decode(self, ids) -> str:
         """Text up to the first EOS; pads, special tokens and ids beyond the vocabulary are skipped."""
         kept = []
@@ -108,8 +119,11 @@ class TextTokenizer:
         """Text of a prompt as the model reads it, special tokens included."""
         return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
 
-    def chat(self, messages: list[dict]) -> str:
+    def chat(self, messages: list[dict], **options) -> str:
         """The messages, [{'role': ..., 'content': ...}], in the model's own template, up to where its answer begins.
+
+        Args:
+          options: what else the template is given, such as enable_thinking=False.
 
         Raises:
           UserError: the model has no template, or it does not take these messages.
@@ -119,7 +133,7 @@ class TextTokenizer:
             raise UserError(f"the model in {self.folder} has no chat template; {fix}.")
         given = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
         try:
-            return _compiled(self._template).render(**self._words, **given)
+            return _compiled(self._template).render(**{**self._words, **given, **options})
         except Exception as error:  # a template is a program of somebody else's
             raise UserError(f"the chat template of {self.folder} fails ({_reason(error)}); {fix}.") from error
 
@@ -127,11 +141,12 @@ class TextTokenizer:
         return self._tokenizer.token_to_id(self._words[word]) if word in self._words else None
 
     def _end(self, others: list[dict]) -> tuple[int, ...]:
-        found = []
+        # the tokenizer's own first: it ends a turn where generation_config.json lists the end of a document before it
+        found = [self._id("eos_token")]
         for other in others:
             value = other.get("eos_token_id")
             found += value if isinstance(value, list) else [value]
-        found = tuple(dict.fromkeys(i for i in [*found, self._id("eos_token")] if i is not None))
+        found = tuple(dict.fromkeys(i for i in found if i is not None))
         if not found:
             raise UserError(f"{self.folder} names no EOS; set eos_token_id in its generation_config.json.")
         if wrong := [i for i in found if not _is_id(i)]:

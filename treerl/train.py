@@ -91,9 +91,19 @@ def check_start(experiment: Experiment) -> None:
         weights.check(experiment.folder, experiment.fns.model.plain)
     config, stream = experiment.config, experiment.stream()
     count, batch = min(config.steps * config.sampler.prompts, len(experiment.task.train)), config.sampler.prompts
+    if config.task.name == "reasoning_gym":  # questions are made when they are asked for, some in 50 ms
+        count = min(count, 256)
     for start in range(0, count, batch):
         examples, index = stream.examples(start, min(batch, count - start))
         P.encode(experiment.task, examples, index, config.sampler.prompt_length)
+
+
+def compile_step(experiment: Experiment) -> None:
+    """Compiles the training step and prints the memory it takes. Raises UserError where that is not there."""
+    examples, index = experiment.stream().examples(0, experiment.config.sampler.prompts)
+    plan = experiment.compile_step(experiment.state_shape(), experiment.prompts(examples, index))
+    tqdm.write(f"memory of a step: {plan}", file=sys.stderr)  # not into a bar
+    profiling.check_memory(plan)
 
 
 def stop_if_diverged(config: ConfigDict, state, moment: str, advice: str) -> None:
@@ -116,7 +126,7 @@ def warm_start(experiment: Experiment, state, progress, caught=()):
     if not config.steps:
         return state, []
     optimizer = ConfigDict(dict(experiment.config.optimizer, learning_rate=config.learning_rate, schedule="constant"))
-    fns = experiment.fns._replace(optimizer=make_optimizer(optimizer, config.steps))
+    fns, model = experiment.fns._replace(optimizer=make_optimizer(optimizer, config.steps)), experiment.fns.model
     shardings = S.state_shardings(fns)
     update = jax.jit(
         functools.partial(S.supervised_step, fns),
@@ -124,7 +134,7 @@ def warm_start(experiment: Experiment, state, progress, caught=()):
         out_shardings=(shardings, sharding.replicated(experiment.mesh)),
         donate_argnums=0,
     )
-    state = jax.jit(functools.partial(S.restart, fns), out_shardings=shardings)(state)
+    state = jax.jit(functools.partial(S.restart, fns), out_shardings=shardings, donate_argnums=0)(state)
     stream = P.Stream(first_examples(experiment), experiment.config.seed)
     curve, best, best_params, since, losses = [], -1.0, None, 0, []
     bar = tqdm(range(1, config.steps + 1), desc="warm start", disable=not progress)
@@ -150,11 +160,11 @@ def warm_start(experiment: Experiment, state, progress, caught=()):
             losses, since = [], since + 1
             if scores["pass@1"] > best:
                 best, since = scores["pass@1"], 0
-                best_params = jax.tree.map(jnp.copy, state.params)
+                best_params = jax.tree.map(jnp.copy, model.split(state.params)[0])
             if since >= config.patience:
                 break
-    state = state.replace(params=best_params)
-    finish = jax.jit(functools.partial(S.restart, experiment.fns), out_shardings=experiment.shardings)
+    state = state.replace(params=model.join(best_params, model.split(state.params)[1]))
+    finish = jax.jit(functools.partial(S.restart, experiment.fns), out_shardings=experiment.shardings, donate_argnums=0)
     return finish(state), curve
 
 
@@ -184,8 +194,9 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, caught: li
     claim(workdir, config)
     experiment = Experiment(config)
     check_warm_start(experiment)
-    if not os.path.exists(os.path.join(workdir, "config.json")):
+    if new := not os.path.exists(os.path.join(workdir, "config.json")):
         check_start(experiment)
+        compile_step(experiment)  # what does not fit is said before anything is written
     with writing(f"workdir={workdir}", REFUSED):
         write_config(workdir, config)
     stream = experiment.stream()
@@ -226,13 +237,10 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, caught: li
                     )
                 tick = time.monotonic()
                 examples, index = stream.examples(position, config.sampler.prompts)
-                prompts = experiment.prompts(examples, index)
-                if number == start + 1:
-                    plan = experiment.compile_step(state, prompts)
-                    tqdm.write(f"memory of a step: {plan}", file=sys.stderr)  # not into the bar
-                    profiling.check_memory(plan)
+                if number == start + 1 and not new:
+                    compile_step(experiment)
                 with trace.step(number):
-                    state, values = experiment.train_step(state, prompts, experiment.knobs)
+                    state, values = experiment.train_step(state, experiment.prompts(examples, index), experiment.knobs)
                     shown = values.pop("samples", None)
                     values = jax.device_get(values)
                 position += config.sampler.prompts

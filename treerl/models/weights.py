@@ -156,7 +156,8 @@ def _open(folder: str, files: contextlib.ExitStack) -> dict:
             names = sorted(set(listed.values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{folder} has no {SINGLE}, and {INDEX} cannot be read ({error}); copy the model's folder again."
+                f"{folder} has no {SINGLE}, and {INDEX} cannot be read ({error}); copy the model's folder again, with weights "
+                "in safetensors files."
             ) from error
     stored = {}
     for name in names:

@@ -74,7 +74,7 @@ def render(question: str, text: ConfigDict, tokenizer: CharTokenizer | TextToken
     messages = [dict(role="system", content=text.system)] * bool(text.system)
     for q, a in zip(asked, answers):
         messages += [dict(role="user", content=q), dict(role="assistant", content=a)]
-    return tokenizer.chat([*messages, dict(role="user", content=asked[-1])])
+    return tokenizer.chat([*messages, dict(role="user", content=asked[-1])], **plain(text.chat_options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,8 @@ class _Room:
         answer = example["answer"] if example["completion"] is None else example["completion"]
         prompt = render(example["prompt"], self.text, self.tokenizer)
         try:
-            prompt, answer = self.tokenizer.encode(prompt), self.tokenizer.encode(answer or "")
+            start = self.tokenizer.encode if self.text.chat else self.tokenizer.encode_start
+            prompt, answer = start(prompt), self.tokenizer.encode(answer or "")
         except ValueError as error:
             what = "--prompt" if example["row"] < 0 else f"example {example['row']} of text.source={self.text.source!r}"
             raise UserError(f"{what} cannot be written in tokens: {error}") from error
