@@ -22,6 +22,7 @@ from sharding_test import quick_compiles
 from treerl import functions, rewards, sharding
 from treerl import tree as T
 from treerl.config import default
+from treerl.errors import UserError
 from treerl.experiment import Experiment
 from treerl.graders import FAULTS
 
@@ -263,6 +264,29 @@ def test_votes_count_what_is_said_not_how(how):
         experiment._evaluate = lambda *_: (tree, dict(valid=jnp.asarray(valid)))
         scores = experiment.evaluate(experiment.init(0))
         assert scores["pass@1"] == right / 4 and scores["majority@4"] == elected, texts
+
+
+def test_the_named_grader_says_what_is_right_and_all_are_reported():
+    """A style that is worth more than the answer makes no wrong answer right."""
+    graders = {"number": 0.4, "sample_graders:lower": 1.0}
+    with quick_compiles():
+        config = tiny(graders=graders, text=dict(extract="number", right="number"))
+        config.evaluation.update(examples=1, batch=1, samples=3)
+        experiment = Experiment(config)
+        config.text.right = ""
+        other = Experiment(config)
+    answer = experiment.task.heldout[0]["answer"]
+    tree = jax.device_put(lines(experiment.task.tokenizer, [answer, "wrong", f"{answer}.0"], 8), experiment.trees)
+    for one, right in ((experiment, 2), (other, 1)):
+        one._evaluate = lambda *_: (tree, dict(valid=jnp.ones((1, 3), bool)))
+        scores = one.evaluate(one.init(0))
+        assert scores["pass@1"] == pytest.approx(right / 3)
+        small = sum(sample_graders.lower(x, None) for x in (answer, "wrong", f"{answer}.0")) / 3
+        assert scores["heldout/number"] == pytest.approx(2 / 3) and scores["heldout/sample_graders:lower"] == pytest.approx(small)
+        assert scores["heldout/reward"] == pytest.approx(0.4 * 2 / 3 + small)
+    config.text.right = "exact"
+    with pytest.raises(UserError, match="text.right='exact' is none of text.graders; name one of them, or set it to ''."):
+        Experiment(config)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """The tokenizer of a published model, on a tiny one."""
+import os
 import pickle
 
 import pytest
+from tokenizers import Tokenizer, processors
+from tokenizers.processors import TemplateProcessing
 from tokenizers_oracle import CHAT, ENCODED, RENDERED, SETTINGS, TEMPLATE, write
 
 from treerl.errors import UserError
@@ -151,3 +154,24 @@ def test_processes_can_hand_a_tokenizer_on(folder):
     assert tokenizer.chat(CHAT) == RENDERED  # its template is compiled
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.chat(CHAT) == RENDERED and again.encode("hello") == [263] and again.eos_ids == (2,)
+
+
+@pytest.mark.parametrize("behind", [[], ["</s>"]])
+def test_a_prompt_without_a_template_starts_as_the_tokenizer_says(tmp_path, behind):
+    """With BOS in front, as base models were trained; an EOS that the tokenizer would put behind is left out."""
+    folder = write(tmp_path / "m", SETTINGS)
+    path = os.path.join(folder, "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    around = TemplateProcessing(single=" ".join(["<s>", "$A", *behind]), special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.post_processor = processors.Sequence([around])
+    tokenizer.save(path)
+    found = TextTokenizer(folder)
+    assert found.encode_start("hello") == [1, *found.encode("hello")] and found.encode("hello")
+    assert TextTokenizer(write(tmp_path / "plain", SETTINGS)).encode_start("hello") == found.encode("hello")
+
+
+def test_a_template_is_given_options(tmp_path):
+    template = "{{ messages[0].content }}{% if thinking is defined and not thinking %} briefly{% endif %}"
+    tokenizer = TextTokenizer(write(tmp_path / "m", dict(SETTINGS, chat_template=template)))
+    messages = [dict(role="user", content="hi")]
+    assert tokenizer.chat(messages) == "hi" and tokenizer.chat(messages, thinking=False) == "hi briefly"
