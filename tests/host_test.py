@@ -269,12 +269,14 @@ def test_votes_count_what_is_said_not_how(how):
 def test_the_named_grader_says_what_is_right_and_all_are_reported():
     """A style that is worth more than the answer makes no wrong answer right."""
     graders = {"number": 0.4, "sample_graders:lower": 1.0}
-    with quick_compiles():
-        config = tiny(graders=graders, text=dict(extract="number", right="number"))
+
+    def made(right):
+        config = tiny(graders=graders, text=dict(extract="number", right=right))
         config.evaluation.update(examples=1, batch=1, samples=3)
-        experiment = Experiment(config)
-        config.text.right = ""
-        other = Experiment(config)
+        with quick_compiles():
+            return Experiment(config)
+
+    experiment, other = made("number"), made("")
     answer = experiment.task.heldout[0]["answer"]
     tree = jax.device_put(lines(experiment.task.tokenizer, [answer, "wrong", f"{answer}.0"], 8), experiment.trees)
     for one, right in ((experiment, 2), (other, 1)):
@@ -284,9 +286,8 @@ def test_the_named_grader_says_what_is_right_and_all_are_reported():
         small = sum(sample_graders.lower(x, None) for x in (answer, "wrong", f"{answer}.0")) / 3
         assert scores["heldout/number"] == pytest.approx(2 / 3) and scores["heldout/sample_graders:lower"] == pytest.approx(small)
         assert scores["heldout/reward"] == pytest.approx(0.4 * 2 / 3 + small)
-    config.text.right = "exact"
     with pytest.raises(UserError, match="text.right='exact' is none of text.graders; name one of them, or set it to ''."):
-        Experiment(config)
+        made("exact")
 
 
 if __name__ == "__main__":
