@@ -141,7 +141,8 @@ def test_evaluate(runs):
     folder, *_ = runs
     found, _ = done(launch(folder, "evaluate", f"--workdir={folder / 'killed'}"))
     last = story(folder / "whole")[-1]
-    assert found == {"step": STEPS} | {k: v for k, v in last.items() if "@" in k} and "majority@3" in found
+    assert found == {"step": STEPS} | {k: v for k, v in last.items() if "@" in k or k.startswith("heldout/")}
+    assert {"majority@3", "heldout/reward", "heldout/exact"} <= set(found)
 
 
 def test_generate(runs):
@@ -279,7 +280,7 @@ MODELS = {  # what is done to a model's folder -> the sentence, {} being the fol
                 "organisation/model of the hub."),
     "no weights": (lambda f: (f / "model.safetensors").unlink(),
                    "{0} has no model.safetensors, and model.safetensors.index.json cannot be read ([Errno 2] No such file or "
-                   "directory: '{0}/model.safetensors.index.json'); copy the model's folder again."),
+                   "directory: '{0}/model.safetensors.index.json'); copy the model's folder again, with weights in safetensors files."),
     "truncated": (lambda f: os.truncate(f / "model.safetensors", os.path.getsize(f / "model.safetensors") - 100),
                   "{}/model.safetensors is damaged or cut short (Error while deserializing header: incomplete metadata, file not "
                   "fully covered); copy the file again."),
