@@ -27,12 +27,18 @@ setup(
         "tqdm",
         "safetensors>=0.5.3",  # files of published weights
         "numpy",
+        "tokenizers",  # of published models
+        "huggingface_hub",  # models by name; tokenizers needs it too
+        "jinja2",  # their chat templates
+        "gguf",  # models in that format
+        "math-verify",  # whether two answers are the same in mathematics
+        "scipy",  # intervals
     ],
     extras_require={
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
-        "test": ["pytest", "pytest-xdist"],
-        "hf": ["tokenizers", "transformers", "gguf"],
+        "gym": ["reasoning-gym"],  # a hundred text tasks
+        "test": ["pytest", "pytest-xdist", "reasoning-gym"],
         "notebooks": ["jupyter", "nbconvert", "ipykernel"],
     },
 )

@@ -49,6 +49,8 @@ def _mistake(error: flags.Error) -> Exception:
         return mine or error
     if missing := re.match(r"flag --(\w+)=None: ", text):
         return UserError(f"--{missing[1]} is missing; add --{missing[1]}=VALUE, see --help.")
+    if dotted := re.match(r"flag --config\.([\w.]+)=.*does not accept dots", text):
+        return UserError(f"{dotted[1]} has a name with a dot, which a config cannot hold; write package/module:function.")
     if field := re.match(r"flag --config\.([\w.]+)=(.*?): ", text):
         like = dict(fields(default())).get(field[1])
         if like is not None:

@@ -177,7 +177,7 @@ def test_ratio_is_taken_within_a_turn():
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match="'huge' is unknown; known are tiny, qwen2.5-0.5b"):
+    with pytest.raises(ValueError, match="'huge' is unknown; known are tiny, smollm2-135m"):
         measure.model_config("huge")
 
 

@@ -4,7 +4,15 @@ import os
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # In this process alone: programs that tests start keep their cache. Storing one of these programs once ended in a
 # segmentation fault of the CPU's serialiser (jax 0.10).
 jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Frees what a file compiled: thousands of programs in one process exceed the memory maps that Linux allows it."""
+    yield
+    jax.clear_caches()

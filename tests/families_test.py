@@ -7,12 +7,13 @@ import families_oracle as O
 import jax
 import jax.numpy as jnp
 import numpy as np
+import paths_oracle
 import pytest
 
 from treerl import attention
 from treerl.errors import UserError
 from treerl.models import families, weights
-from treerl.models.policy import make_policy, packed_hidden
+from treerl.models.policy import packed_hidden
 from treerl.models.presets import PRESETS
 from treerl.models.transformer import Llama3Scaling, Model, TransformerConfig
 
@@ -31,42 +32,11 @@ def model_of(name, seed=0):
         return model, weights.load(folder, model)
 
 
-def forward(model, params):
-    """Logits [2, 12, V] of the rollouts as rows of their own."""
-    position = jnp.broadcast_to(jnp.arange(O.TOKENS.shape[1]), O.TOKENS.shape)
-    module = model.merge(params)
-    hidden, _ = module(jnp.asarray(O.TOKENS), position, attention.causal(jnp.full((2,), position.shape[1])))
-    return module.logits(hidden)
+def on_tokens(run):
+    return lambda model, params: run(model, params, O.TOKENS, O.PROMPT, O.SHARED)
 
 
-def stepped(model, params):
-    """The same by prefill and steps through the pool, slot 1 born from slot 0 after the shared tokens."""
-    policy = make_policy(model, params, slots=2, rows=ROWS)
-    prompt = jnp.asarray(np.pad(O.TOKENS[:1, : O.PROMPT], ((0, 0), (0, 2))))  # right-padded
-    cache = policy.prefill(prompt, jnp.array([O.PROMPT]))
-    column = np.array([[0] * ROWS, [0] * O.SHARED + [1] * (ROWS - O.SHARED)])
-    out = []
-    for row in range(-1, ROWS):
-        token = jnp.asarray(O.TOKENS[None, :, O.PROMPT + max(row, 0)])
-        path = jnp.asarray(np.where(np.arange(ROWS) <= row, column, -1)[None], jnp.int32)
-        write = jnp.array([[row >= 0, row >= O.SHARED]])
-        logits, cache = policy.decode(cache, token, jnp.full((1, 2), row), path, write, ROWS)
-        out.append(logits[0])
-    return jnp.stack(out, 1)  # from the last token of the prompt on
-
-
-def packed(model, params):
-    """The same from one bin: prompt and shared tokens once, then slot 0's own, then slot 1's, then padding."""
-    trunk = O.PROMPT + O.SHARED
-    own = O.TOKENS.shape[1] - trunk
-    token = np.concatenate([O.TOKENS[0], O.TOKENS[1, trunk:], [0, 0]])
-    position = np.concatenate([np.arange(trunk + own), np.arange(trunk, trunk + own), [0, 0]])
-    stop = np.concatenate([np.full(trunk, trunk + 2 * own), np.full(own, trunk + own), np.full(own, trunk + 2 * own), [0, 0]])
-    module, hidden = packed_hidden(model, params, *(jnp.asarray(x, jnp.int32)[None] for x in (token, position, stop)))
-    logits = module.logits(hidden)[0]
-    return jnp.stack([logits[: trunk + own], jnp.concatenate([logits[:trunk], logits[trunk + own : -2]])])
-
-
+forward, stepped, packed = map(on_tokens, (paths_oracle.forward, paths_oracle.stepped, paths_oracle.packed))
 PATHS = dict(forward=(forward, 0), stepped=(stepped, O.PROMPT - 1), packed=(packed, 0))
 
 
@@ -94,6 +64,22 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
     assert max(worst.values()) <= 1e-4
     O.write(tmp_path, name)
     np.testing.assert_allclose(O.transformers_logits(tmp_path), O.golden(name), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, mean, most", [("float32", 1e-6, 1e-5), ("bfloat16", 0.02, 0.1)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sampler_and_learner_agree_on_log_probs(name, dtype, mean, most):
+    """The bound that README states: nats by which log-probs of the same tokens differ, of models with random weights."""
+    model, params = model_of(name)
+    model = Model(dataclasses.replace(model.config, dtype=dtype))
+    token, found = jnp.asarray(O.TOKENS)[:, O.PROMPT :, None], []
+    for path in ("stepped", "packed"):
+        run, start = PATHS[path]
+        logits = run(model, params)[:, O.PROMPT - 1 - start : -1]
+        found.append(np.asarray(jnp.take_along_axis(jax.nn.log_softmax(logits), token, -1)))
+    apart = np.abs(found[0] - found[1])
+    assert apart.mean() <= mean and apart.max() <= most
+    assert dtype == "float32" or apart.max() > 1e-4  # bfloat16 it was
 
 
 def test_a_window_hides_and_a_longer_one_does_not():
@@ -156,6 +142,20 @@ def test_what_a_config_json_says():
     assert families.fields(new) == llama
     # the extended context, which only the scaling tells of a model without a source
     assert families.to_hf(TransformerConfig(**llama))["max_position_embeddings"] == 8 * 32
+
+
+MILLIONS = {  # of parameters, as the model cards say
+    "smollm2-135m": 134.5, "smollm2-360m": 361.8, "smollm2-1.7b": 1711, "gemma3-270m": 268.1, "gemma3-1b": 999.9,
+    "qwen3-0.6b": 596, "qwen3-1.7b": 1721, "qwen3-4b": 4022, "qwen3-8b": 8191, "llama3.2-1b": 1236, "llama3.2-3b": 3213,
+    "llama3.1-8b": 8030, "qwen2.5-0.5b": 494, "qwen2.5-1.5b": 1544, "qwen2.5-3b": 3086, "qwen2.5-7b": 7616,
+}  # fmt: skip
+
+
+def test_presets_have_the_published_number_of_parameters():
+    assert set(MILLIONS) == set(PRESETS) - {"tiny"}
+    for name, millions in MILLIONS.items():
+        shapes = jax.tree.leaves(Model(TransformerConfig(**PRESETS[name])).shapes())
+        assert abs(sum(x.size for x in shapes) / 1e6 / millions - 1) < 1e-3, name
 
 
 @pytest.mark.parametrize("preset", PRESETS)

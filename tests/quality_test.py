@@ -12,6 +12,7 @@ from sharding_test import CHANGES, Tiny, compile_events, numbers, one_device, qu
 from treerl import pruning, survival
 from treerl import step as S
 from treerl import tree as T
+from treerl.experiment import credit as credit_of_cells
 from treerl.experiment import grow
 from treerl.models.policy import packed_hidden
 from treerl.models.quality import QualityHead
@@ -249,13 +250,14 @@ def test_grown_trees_show_the_advantages_that_are_trained_on():
         table = survival.Calibration(right=jnp.arange(128.0), wrong=jnp.arange(128.0)[::-1])
         head = jax.tree.map(lambda x: x + 0.3, state.quality["params"])
         state = state.replace(quality=dict(state.quality, table=table, params=head))
-        grown = jax.jit(functools.partial(grow, t.fns))(state, t.prompts(), key, 0, t.knobs)
+        sampled = jax.jit(functools.partial(grow, t.fns))(state, t.prompts(), key, 0, t.knobs)
+        graded = S.grade(t.fns, sampled.tree, t.prompts())
         tree, _, seen = S.rollout(t.fns, state.params, t.prompts(), key, 0, t.knobs, quality=state.quality)
         chance = jnp.where(seen.record.due, seen.record.chance, 1.0)
         assert float(chance.min()) < 0.6 < float(chance.max())
-        credit, *_ = S.estimate(t.fns, state, tree, t.prompts(), grown.reward, t.knobs, chance=chance)
-        plain, *_ = S.estimate(t.fns, state, tree, t.prompts(), grown.reward, t.knobs)
-    shown = np.asarray(grown.advantage)
+        credit, *_ = S.estimate(t.fns, state, tree, t.prompts(), graded.reward, t.knobs, chance=chance)
+        plain, *_ = S.estimate(t.fns, state, tree, t.prompts(), graded.reward, t.knobs)
+    shown = np.asarray(credit_of_cells(t.fns, state, t.prompts(), sampled, graded, t.knobs))
     want, other = (np.asarray(jax.vmap(lambda t, c: T.up(t, c) / jnp.maximum(T.leaf_count(t), 1))(tree, c)) for c in (credit, plain))
     np.testing.assert_allclose(shown, want, atol=1e-5)
     assert np.abs(shown - other).max() > 1e-3
@@ -268,8 +270,9 @@ def test_samples_vote_by_their_answer_and_by_the_score_of_their_end(pruned):
     t, state, _ = pruned
     params = jax.tree.map(lambda x: x + 0.1, state.quality["params"])
     quality = dict(state.quality, params=params)
-    run = jax.jit(functools.partial(S.evaluate_step, t.fns, samples=4))
-    found = jax.device_get(run(state.params, quality, t.prompts(), jax.random.key(3), t.knobs))
+    run = jax.jit(functools.partial(S.evaluate_sample, t.fns, samples=4))
+    drawn, found = jax.device_get(run(state.params, quality, t.prompts(), jax.random.key(3), t.knobs))
+    answer = np.asarray(S.grade(t.fns, drawn, t.prompts()).key)
     tree, _, seen = jax.jit(functools.partial(S.rollout, t.fns, slots=4))(
         state.params, t.prompts(), jax.random.key(3), 0, t.knobs
     )
@@ -279,4 +282,4 @@ def test_samples_vote_by_their_answer_and_by_the_score_of_their_end(pruned):
     for b in range(8):
         tokens = np.asarray(T.along(jax.tree.map(lambda x: x[b], tree), tree.token[b]))
         text = [tuple(tokens[k, : tree.leaf[b, k, 0] + 1]) for k in range(4)]
-        assert found["answer"][b].tolist() == [text.index(x) for x in text]
+        assert answer[b].tolist() == [text.index(x) for x in text]

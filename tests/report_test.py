@@ -4,10 +4,12 @@ from fnmatch import fnmatch
 
 import jax
 import numpy as np
+import pytest
 
 from sharding_test import Tiny, one_device
 from treerl import report
 from treerl import step as S
+from treerl.errors import UserError
 
 EVIL = '<script>alert("1")</script> & {x} $y_1$'
 
@@ -80,7 +82,9 @@ def test_every_metric_of_a_step_is_drawn_once_and_no_group_is_for_none(tmp_path)
     tiny = Tiny(one_device(), kl=0.1, pruning=dict(rule="balance", detection=4), branching=dict(rule="stochastic"))
     step = functools.partial(S.train_step, tiny.fns)
     _, values = jax.eval_shape(step, tiny.state(), tiny.prompts(), tiny.knobs)
+    del values["samples"]  # no number
     names = [*values, "pass@1", "pass@8", "majority@8", "weighted@8", "seconds"]  # what train adds
+    names += ["reward/number", "heldout/number", "graders_raised"]  # of graders on the host
     [panels] = drawn(write(tmp_path / "report.html", history=[{"step": 1} | dict.fromkeys(names, 0.5)]))
     assert sorted(name for _, panel in panels for name in panel) == sorted(names)
     for _, patterns in report.GROUPS:
@@ -105,3 +109,38 @@ def test_report_is_self_contained_and_repeatable(tmp_path):
     assert pages[0] == pages[1]
     assert "src=" not in pages[0] and 'href="http' not in pages[0] and "@import" not in pages[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.html", "1.html"]
+
+
+# --- several runs ---------------------------------------------------------------------------------
+
+
+def history(values, tokens, every=2):
+    """Lines of a run that measures pass@1 every so many steps."""
+    return [
+        dict(step=i, sampled_tokens=tokens) | ({"pass@1": values[i // every - 1]} if i % every == 0 else {})
+        for i in range(1, every * len(values) + 1)
+    ]
+
+
+def test_curves_are_compared_at_equal_steps_and_at_equal_tokens(tmp_path):
+    runs = {
+        "a": [history([0.1, 0.2, 0.3], 10), history([0.3, 0.4, 0.5], 10)],
+        "b": [history([0.0, 0.5, 1.0], 20)],  # by step 3 it has drawn what the others have in all
+    }
+    found = report.compare(tmp_path / "c.svg", runs)
+    half = 12.7062 * 0.1  # Student's t of one degree of freedom, times the standard error of 0.3 and 0.5
+    np.testing.assert_allclose(found["a"], [[6, 0.4, half], [60, 0.4, half]], rtol=1e-4)
+    np.testing.assert_allclose(found["b"][:, :2], [[6, 1.0], [60, 0.25]])
+    assert np.isnan(found["b"][:, 2]).all()
+    text = (tmp_path / "c.svg").read_text()
+    assert "pass@1 at equal steps" in text and "pass@1 at equal tokens sampled" in text and "a, 2 seeds" in text
+
+
+def test_means_reach_as_far_as_every_run():
+    short, long = (report.curve(history(v, 1), "pass@1") for v in ([0.0, 1.0], [1.0, 2.0, 9.0]))
+    np.testing.assert_allclose(report.mean_curve([long, short], 0)[:, :2], [[2, 0.5], [4, 1.5]])
+
+
+def test_a_metric_that_was_not_measured_is_named(tmp_path):
+    with pytest.raises(UserError, match="metric 'pass@3' was not measured in these runs; known are pass@1."):
+        report.compare(tmp_path / "c.svg", {"a": [history([0.1], 1)]}, "pass@3")

@@ -56,9 +56,9 @@ def tiny_task() -> Task:
     return Task(tokenizer=tokenizer, train=examples, heldout=examples, encode=encode, grade=grade)
 
 
-def tiny_config(pruning=(), branching=(), advantage="branch_depthwise", **learner):
+def tiny_config(pruning=(), branching=(), model=(), advantage="branch_depthwise", **learner):
     config = default()
-    config.model.update(dict(layers=1, width=16, heads=4, kv_heads=2, head_dim=4, hidden=16))
+    config.model.update(dict(dict(layers=1, width=16, heads=4, kv_heads=2, head_dim=4, hidden=16), **dict(model)))
     config.sampler.update(dict(prompts=8, slots=4, prompt_length=4, answer_length=8, segment=4))
     config.branching.update(dict(tau_abs=0.02, tau_rel=0.9, fill_after=3))  # forks in a random policy
     config.branching.update(dict(branching))
@@ -79,9 +79,9 @@ class Tiny:
     the gradient. (Adam's first update is nearly the gradient's sign, which rounding can turn.)
     """
 
-    def __init__(self, mesh: Mesh, **changes):
-        config, self.task = tiny_config(**changes), tiny_task()
-        self.fns = S.make_fns(config, self.task, mesh, optimizer=optax.sgd(0.1, momentum=0.9))
+    def __init__(self, mesh: Mesh, task=None, optimizer=None, **changes):
+        config, self.task = tiny_config(**changes), task or tiny_task()
+        self.fns = S.make_fns(config, self.task, mesh, optimizer=optimizer or optax.sgd(0.1, momentum=0.9))
         self.trees, self.whole = sharding.trees(mesh), sharding.replicated(mesh)
         self.shardings = S.state_shardings(self.fns)
         self.knobs = jax.device_put(S.make_knobs(config, self.task), self.whole)

@@ -280,7 +280,7 @@ def test_report(runs):
 
 def test_only_what_the_design_names_is_written(runs):
     names = {p.name for p in (runs["folder"] / "killed").iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.html"}
+    assert names == {"config.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "report.html"}
     assert not list((runs["folder"] / "killed").rglob("*tmp*"))
 
 

@@ -70,6 +70,7 @@ def test_shards_are_written_and_read(tmp_path):
     weights.save(str(tmp_path / "out"), params, model, file_bytes=10_000)
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     count = len(files)
+    assert len({p.stat().st_mode for p in (tmp_path / "out").iterdir()}) == 1  # whoever reads the one reads the other
     assert count > 3 and files == [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     for file in files:
         assert sum(x.nbytes for x in load_file(tmp_path / "out" / file).values()) <= 10_000

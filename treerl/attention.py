@@ -196,7 +196,7 @@ def fused(q, cache, prompt_length, path, rows, *, block: int = 32, interpret: bo
             out, top, norm = carry
             at = start + jnp.arange(count)
             index, inside = (at[:, None], jnp.arange(size)[None]), (at < end)[:, None]
-            load = lambda ref: triton.load(ref.at[index], mask=inside, other=0.0)
+            load = lambda ref: triton.load(ref.at[index], mask=inside, other=0.0).astype(q.dtype)
             seen = see(at) & real[:, None]
             score = triton.dot(q, load(k_ref), trans_b=True, **exact) * size**-0.5
             score = jnp.where(seen, score, -1e30)

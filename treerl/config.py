@@ -15,7 +15,7 @@ def default() -> ConfigDict:
 
     config.task = ConfigDict(
         dict(
-            name="countdown",  # a file of treerl.tasks
+            name="countdown",  # countdown, or a text task: addition, reasoning_gym, jsonl, tfds
             numbers_min=4,  # how many numbers a puzzle gives
             numbers_max=4,  # at most; numbers_min at least
             largest=9,  # numbers are 1 .. largest
@@ -27,8 +27,35 @@ def default() -> ConfigDict:
             seed=0,  # of the puzzles: the same for every seed of an experiment
         )
     )
+    config.text = ConfigDict(  # what text tasks read, beside task.train_size, heldout_size and seed where they make examples
+        dict(
+            source="",  # jsonl: a file; tfds: a prepared dataset, name or name/config; reasoning_gym: name of its task
+            heldout="",  # jsonl: a file, tfds: a split, of held-out examples; "": the last task.heldout_size of the others
+            split="train",  # tfds: the split of training examples
+            prompt="prompt",  # jsonl, tfds: column of the question
+            answer="answer",  # jsonl, tfds: column of the reference answer; of one with "####" (GSM8K), what follows
+            options=ConfigDict(),  # arguments of the task: "{'digits': 2}" of addition, those of reasoning_gym's task
+            chat=True,  # render prompts by the model's own chat template
+            chat_options=ConfigDict(),  # what else the chat template is given: "{'enable_thinking': False}" (Qwen3)
+            system="",  # text of the system message; "": none, and the template's own default
+            shots=(),  # worked examples before the question: ((question, answer), ...); () with addition: none either
+            template="{prompt}",  # what the user says
+            extract="text",  # the answer in a completion: text (all of it), number (the last), boxed, tag (<answer>)
+            graders=ConfigDict(dict(exact=1.0)),  # name -> weight in the reward: exact, number, math, reasoning_gym, or
+            #                                       module:function of your own (of a package, package/module:function),
+            #                                       (completion, example) -> number; see treerl.graders
+            right="",  # the grader whose score above 0.5 makes an answer right in pass@k; "": the reward itself
+            threshold=0.0,  # above 0: scores of graders count 1 from it and 0 below; 0: as they are
+            seconds=5.0,  # a grader may take for one answer, which is worth 0 beyond
+            workers=2,  # processes that grade
+            grading="split",  # graders run between the step's two halves (split) or within it (callback)
+        ),
+        convert_dict=False,
+    )
     config.model = ConfigDict(
         dict(
+            source="",  # a published model: folder, .gguf file, organisation/name or smollm2-135m-instruct; then sizes and
+            #             switches below, but for dtypes and lora, come from its config.json. "": random weights
             layers=3,  # blocks of attention and MLP
             width=96,  # D: of the residual stream
             heads=4,  # H: query heads
@@ -40,7 +67,9 @@ def default() -> ConfigDict:
             qkv_bias=False,  # add biases to queries, keys and values (Qwen2)
             tied=True,  # output projection is the embedding
             dtype="float32",  # of activations
-            param_dtype="float32",  # of stored weights
+            param_dtype="float32",  # of stored weights; bfloat16 rounds updates below 1/256 of a weight away
+            lora_rank=0,  # train a change of this rank of every product in the blocks, and nothing else; 0: all weights
+            lora_alpha=32.0,  # the change is lora_alpha / lora_rank times the product of its factors
         )
     )
     config.sampler = ConfigDict(
@@ -52,6 +81,7 @@ def default() -> ConfigDict:
             temperature=1.0,  # divides the logits, in the sampler and in the learner
             top_p=1.0,  # share of the probability that may be drawn from; 1: all
             segment=4,  # iterations between two tests for the end, and before the review of survival rules
+            pool_dtype="",  # of stored keys and values; "": that of activations
             lengths=(),  # static row bounds before answer_length; each compiles the loop once more
         )
     )
@@ -137,6 +167,7 @@ def default() -> ConfigDict:
             clip_norm=1.0,  # of the whole gradient, at most
             b1=0.9,  # decay of the mean of gradients
             b2=0.99,  # decay of the mean of their squares
+            moment_dtype="float32",  # of the mean of gradients; that of squares needs float32
             weight_decay=0.0,  # decoupled, a multiple of the learning rate
             ess="none",  # none, sqrt, linear: scale updates by the effective sample size of the rollouts (VCPO)
             ess_base=1.0,  # share of effective rollouts from which an update has its full size
@@ -161,11 +192,12 @@ def default() -> ConfigDict:
         )
     )
     config.checkpoint_every = 50  # steps
+    config.samples_every = 50  # steps between those whose first answers are written to samples.jsonl; 0: none
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices along each axis, -1: the rest
     return config
 
 
-OPTIONS = ("advantage.options", "advantage.multipliers", "pruning.options", "pruning.backward_options")  # checked where the functions that take them are known
+OPTIONS = ("text.options", "text.chat_options", "text.graders", "advantage.options", "advantage.multipliers", "pruning.options", "pruning.backward_options")  # checked where the functions that take them are known
 
 
 def fields(config, prefix: str = ""):
@@ -188,6 +220,10 @@ def _are_shares(pairs) -> bool:
     return steps[:1] == [0] and steps == sorted(set(steps)) and all(0 <= share <= 1 for _, share in pairs)
 
 
+def _are_shots(pairs) -> bool:
+    return all(isinstance(p, (tuple, list)) and len(p) == 2 and all(isinstance(x, str) for x in p) for p in pairs)
+
+
 # What a field must be, whatever the others are, and which fields. Fields that are missing here can
 # be anything of their type, or are checked where their names are known: in the task, `make_mesh`
 # and `make_fns`.
@@ -198,24 +234,31 @@ RULES = (
         branching.max_children learner.bin_tokens learner.bins_per_step learner.epochs learner.vocab_chunk
         warm_start.examples warm_start.batch warm_start.patience warm_start.eval_every
         evaluation.every evaluation.examples evaluation.samples evaluation.batch
-        pruning.detection quality.inner quality.epochs quality.bins"""),
+        pruning.detection quality.inner quality.epochs quality.bins text.workers"""),
     ("0 or more", lambda x: x >= 0, """
         seed steps branching.tau_abs branching.tau_rel branching.fill_after pruning.tau_ed
         pruning.columns pruning.warmup_steps quality.learning_rate quality.smoothing
-        learner.clip_low learner.clip_high learner.kl learner.max_skipped learner.overlong_buffer
+        samples_every model.lora_rank learner.clip_low learner.clip_high learner.kl learner.max_skipped learner.overlong_buffer
         optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay
-        warm_start.steps warm_start.learning_rate"""),
+        warm_start.steps warm_start.learning_rate text.threshold"""),
     ("a number above 0", lambda x: x > 0, """
-        model.rope_theta sampler.temperature optimizer.clip_norm learner.importance_cap"""),
+        model.rope_theta model.lora_alpha sampler.temperature optimizer.clip_norm learner.importance_cap text.seconds"""),
     ("a number above 0, at most 1", lambda x: 0 < x <= 1, "sampler.top_p optimizer.ess_base pruning.kappa quality.decay"),
     ("a number from 0 to 1", lambda x: 0 <= x <= 1, "pruning.rho"),
     ("0, or a number above 1", lambda x: x == 0 or x > 1, "learner.dual_clip"),
     ("a number from 0 to below 1", lambda x: 0 <= x < 1, "optimizer.b1 optimizer.b2"),
-    ("float32, bfloat16 or float16", ("float32", "bfloat16", "float16").__contains__, "model.dtype model.param_dtype"),
+    ("float32, bfloat16 or float16", ("float32", "bfloat16", "float16").__contains__, "model.dtype model.param_dtype optimizer.moment_dtype"),
+    ("float32, bfloat16, float16 or ''", ("float32", "bfloat16", "float16", "").__contains__, "sampler.pool_dtype"),
     ("lengths of 1 or more, such as (4, 6)", _are_lengths, "sampler.lengths pruning.windows"),
     ("(step, share) pairs that ascend from step 0, shares from 0 to 1, such as ((0, 0.5), (100, 1.0))", _are_shares,
      "branching.share"),
     ("a folder", bool, "data_dir"),
+    ("the name of a column", bool, "text.prompt text.answer"),
+    ("the name of a split", bool, "text.split"),
+    ("text with {prompt} where the question belongs", lambda x: "{prompt}" in x, "text.template"),
+    ("text, number, boxed or tag", ("text", "number", "boxed", "tag").__contains__, "text.extract"),
+    ("split or callback", ("split", "callback").__contains__, "text.grading"),
+    ('(question, answer) pairs of text, such as (("1 + 1?", "2"),)', _are_shots, "text.shots"),
 )  # fmt: skip
 
 

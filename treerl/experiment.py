@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from treerl import draw, sharding, tasks
+from treerl import draw, masked, profiling, rewards, sharding, tasks
 from treerl import prompts as P
 from treerl import step as S
 from treerl import tree as T
@@ -16,6 +16,9 @@ from treerl.checkpoint import Checkpoints, abstract
 from treerl.config import check
 from treerl.errors import UserError
 from treerl.evaluate import majority_vote, pass_at_k, weighted_vote
+from treerl.graders import FAULTS
+from treerl.models import sources, weights
+from treerl.tokenizers import TextTokenizer
 from treerl.workdir import read_config
 
 
@@ -36,25 +39,44 @@ class Experiment:
         check(config)
         self.config = config
         self.mesh = sharding.make_mesh(**config.mesh)
-        self.task = tasks.make(config.task, os.path.expanduser(config.data_dir))
-        self.fns = S.make_fns(config, self.task, self.mesh)
+        data_dir = os.path.expanduser(config.data_dir)
+        source = config.model.source
+        models = os.path.join(data_dir, "models")
+        self.folder = sources.resolve(os.path.expanduser(source), models) if source else None  # of a published model
+        tokenizer = TextTokenizer(self.folder) if self.folder else None
+        self.task = tasks.make(config.task, data_dir, config.text, tokenizer)
+        self.fns = S.make_fns(config, self.task, self.mesh, folder=self.folder)
         self.knobs = jax.device_put(S.make_knobs(config, self.task), sharding.replicated(self.mesh))
         trees, whole = sharding.trees(self.mesh), sharding.replicated(self.mesh)
         self.trees = trees
-        self.shardings = S.state_shardings(self.fns)
-        self.init = jax.jit(functools.partial(S.init_state, self.fns), static_argnums=0, out_shardings=self.shardings)
-        self.train_step = jax.jit(
-            functools.partial(S.train_step, self.fns),
-            in_shardings=(self.shardings, trees, whole),
-            out_shardings=(self.shardings, whole),
-            donate_argnums=0,
+        self.shardings = shardings = S.state_shardings(self.fns)
+        if config.text.right and (self.fns.host is None or config.text.right not in self.fns.host.names):
+            raise UserError(f"text.right={config.text.right!r} is none of text.graders; name one of them, or set it to ''.")
+        self._split = self.fns.host is not None and config.text.grading == "split"
+
+        def program(function, takes, gives, **options):
+            return jax.jit(functools.partial(function, self.fns, **options), in_shardings=takes, out_shardings=gives)
+
+        self._whole_step, self._sample_half, self._learn_half = (
+            jax.jit(
+                functools.partial(function, self.fns), in_shardings=takes, out_shardings=gives, donate_argnums=donated,
+                keep_unused=True,  # what a half does not read, such as moments, takes memory all the same
+            )
+            for function, takes, gives, donated in (
+                (S.train_step, (shardings, trees, whole), (shardings, whole), 0),
+                (S.sample_half, (shardings, trees, whole), trees, ()),
+                (S.learn_half, (shardings, trees, trees, trees, whole), (shardings, whole), 0),
+            )
         )
-        self._evaluate = jax.jit(
-            functools.partial(S.evaluate_step, self.fns, samples=config.evaluation.samples),
-            in_shardings=(self.shardings.params, self.shardings.quality, trees, whole, whole),
-            out_shardings=whole,
-        )
-        self._grow = jax.jit(functools.partial(grow, self.fns))
+        self._answers = jax.jit(rewards.answers, out_shardings=trees)
+        self._grade = program(S.grade, (trees, trees), trees)
+        self._evaluate = program(
+            S.evaluate_sample, (shardings.params, shardings.quality, trees, whole, whole), trees,
+            samples=config.evaluation.samples,
+        )  # fmt: skip
+        self._gather = jax.jit(lambda x: x, out_shardings=whole)  # every process has all
+        self._grow = program(grow, (shardings, trees, whole, whole, whole), trees)
+        self._credit = program(credit, (shardings, trees, trees, trees, whole), trees)
         count = min(config.evaluation.examples, len(self.task.heldout))
         batch = min(config.evaluation.batch, count)
         shards = sharding.tree_shards(self.mesh)
@@ -76,25 +98,102 @@ class Experiment:
         """The training examples of this seed."""
         return P.Stream(self.task.train, self.config.seed)
 
+    def init(self, seed: int):
+        """The state at the start, with the published model's parameters if there is one."""
+        if self.folder is None:
+            start = jax.jit(functools.partial(S.init_state, self.fns), static_argnums=0, out_shardings=self.shardings)
+            return start(seed)
+        loaded = weights.load(self.folder, self.fns.model.plain, self.mesh)
+        start = functools.partial(S.init_state, self.fns, seed)
+        return jax.jit(start, out_shardings=self.shardings, donate_argnums=0)(loaded)
+
     def state_shape(self):
         """The state as ShapeDtypeStructs with shardings, to restore into."""
         return abstract(jax.eval_shape(lambda: S.init_state(self.fns, 0)), self.shardings)
 
+    def grade(self, tree: T.Tree, prompts) -> rewards.Graded:
+        """Rewards of trees: on the device, or on this host, see `text.grading`."""
+        if self._split:
+            return rewards.between(self.fns.host, *self._answers(tree), prompts.data)
+        return self._grade(tree, prompts)
+
+    def train_step(self, state, prompts, knobs):
+        """`step.train_step`, as one program, or as two with the host's graders between them; the state is donated."""
+        if not self._split:
+            return self._whole_step(state, prompts, knobs)
+        sampled = self._sample_half(state, prompts, knobs)
+        return self._learn_half(state, prompts, sampled, self.grade(sampled.tree, prompts), knobs)
+
+    def compile_step(self, state, prompts) -> profiling.Memory:
+        """Compiles the training step for arguments like these, so that calls run what was compiled; the memory it takes.
+
+        Args:
+          state, prompts: arrays, or `jax.ShapeDtypeStruct` like them, as of `state_shape`.
+        """
+        with profiling.out_of_memory():
+            if not self._split:
+                self._whole_step = self._whole_step.lower(state, prompts, self.knobs).compile()
+                return profiling.memory(self._whole_step)
+            sampled = jax.eval_shape(self._sample_half, state, prompts, self.knobs)
+            graded = rewards.shapes(*sampled.tree.leaf.shape[:2], len(self.fns.host.names))
+            self._sample_half = self._sample_half.lower(state, prompts, self.knobs).compile()
+            self._learn_half = self._learn_half.lower(state, prompts, sampled, graded, self.knobs).compile()
+            return profiling.memory(self._sample_half, self._learn_half)
+
+    def samples(self, shown: dict) -> list[dict]:
+        """The `samples` of a step's metrics as text: for each tree its prompt, and answers with what they are worth."""
+        decode, shown = self.task.tokenizer.decode, jax.device_get(shown)
+        names = self.fns.host.names if self.fns.host is not None else ()
+
+        number = lambda x: float(x) if np.isfinite(x) else None  # as in metrics.jsonl
+
+        def answer(b, i):
+            line = dict(text=decode(shown["answer"][b, i, : shown["length"][b, i]]), reward=number(shown["reward"][b, i]))
+            scores = {name: number(x) for name, x in zip(names, shown["parts"][b, i])}
+            fault = FAULTS[shown["fault"][b, i]]
+            return line | (dict(scores=scores) if scores else {}) | (dict(fault=fault) if fault else {})
+
+        return [
+            dict(
+                prompt=self.task.tokenizer.decode_prompt(prompt[:length]),
+                answers=[answer(b, i) for i in range(shown["length"].shape[1]) if shown["length"][b, i]],
+            )
+            for b, (prompt, length) in enumerate(zip(shown["prompt"], shown["prompt_length"]))
+        ]
+
+    @profiling.out_of_memory("lower evaluation.batch or evaluation.samples, or set sampler.pool_dtype=bfloat16.")
     def evaluate(self, state, seed: int = 0) -> dict:
         """Scores on held-out examples, from n samples of each.
 
         Returns:
           pass@k, unbiased, for k = 1, 2, 4, ... up to n; majority@n, the share of examples whose most frequent answer
-          is right; with a quality head weighted@n, where samples vote by the rank of their scores.
+          is right; with a quality head weighted@n, where samples vote by the rank of their scores; with graders on the
+          host heldout/reward and heldout/NAME, their mean scores. An answer is right where the score of the grader
+          text.right, else the reward, is above 0.5.
         """
         key, n = jax.random.key(seed), self.config.evaluation.samples
-        graded = [self._evaluate(state.params, state.quality, batch, key, self.knobs) for batch in self._heldout]
-        found = {name: np.concatenate([x[name] for x in jax.device_get(graded)]) for name in graded[0]}
-        right = found["reward"] > 0.5
+
+        def scores_of(batch, tree, known):
+            graded = self.grade(tree, batch)
+            return self._gather(dict(known, reward=graded.reward, answer=graded.key, parts=graded.parts))
+
+        gathered, waiting = [], None
+        for batch in self._heldout:  # the host grades one while the device samples the next
+            sampled = batch, *self._evaluate(state.params, state.quality, batch, key, self.knobs)
+            gathered += [scores_of(*waiting)] if waiting else []
+            waiting = sampled
+        gathered.append(scores_of(*waiting))
+        found = {name: np.concatenate([x[name] for x in jax.device_get(gathered)]) for name in gathered[0]}
+        right, names = found["reward"] > 0.5, self.fns.host.names if self.fns.host is not None else ()
+        if self.config.text.right and names:
+            right = found["parts"][..., names.index(self.config.text.right)] > 0.5
         powers = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
         scores = {f"pass@{k}": pass_at_k(right.sum(axis=1), n, k) for k in powers}
         elected = lambda winner: float(np.mean((winner >= 0) & right[np.arange(len(right)), winner]))
         scores[f"majority@{n}"] = elected(majority_vote(found["answer"], found["valid"]))
+        if names:
+            scores["heldout/reward"] = float(masked.mean(found["reward"], found["valid"]))
+            scores |= {f"heldout/{x}": float(masked.mean(found["parts"][..., i], found["valid"])) for i, x in enumerate(names)}
         if "score" in found:
             scores[f"weighted@{n}"] = elected(weighted_vote(found["answer"], found["score"], found["valid"]))
         return scores
@@ -107,12 +206,21 @@ class Experiment:
         shards = sharding.tree_shards(self.mesh)
         index = np.arange(-(-len(examples) // shards) * shards)  # repeats fill the last shard
         prompts = self.prompts([examples[i % len(examples)] for i in index], index)
-        grown = jax.device_get(self._grow(state, prompts, jax.random.key(seed), jnp.int32(step), self.knobs))
-        return jax.tree.map(lambda x: x[: len(examples)], grown)
+        sampled = self._grow(state, prompts, jax.random.key(seed), jnp.int32(step), self.knobs)
+        graded = self.grade(sampled.tree, prompts)
+        found = self._credit(state, prompts, sampled, graded, self.knobs)
+        tree, reward, advantage, stats = jax.device_get((sampled.tree, graded.reward, found, sampled.stats))
+        return jax.tree.map(lambda x: x[: len(examples)], Grown(tree, reward, advantage, stats.forks, stats.pruned))
+
+    def export(self, state, folder: str, *, dtype: str | None = None) -> None:
+        """Writes the policy as a model in Hugging Face's format, adapters merged; see `weights.save`."""
+        model = self.fns.model
+        params = jax.jit(model.fold)(state.params) if model.config.lora_rank else state.params
+        weights.save(folder, params, model.plain, self.folder, dtype=dtype)
 
     def prompt_text(self, example: dict) -> str:
         """What the model reads."""
-        return self.task.tokenizer.decode(self.task.encode(example).prompt)
+        return self.task.tokenizer.decode_prompt(self.task.encode(example).prompt)
 
     def parse(self, text: str) -> dict:
         """The example of a prompt that a user wrote.
@@ -137,14 +245,21 @@ class Experiment:
         return draw.format_tree(tree, decode, **view) + "\n\n" + draw.format_leaves(tree, decode, **view)
 
 
-def grow(fns: S.Fns, state, prompts, key, step, knobs) -> Grown:
-    """Grows, grades and estimates the trees of a batch of prompts; traceable."""
-    tree, stats, seen = S.rollout(fns, state.params, prompts, key, step, knobs, quality=state.quality)
-    reward, shaped = S.grade(fns, tree, prompts)
-    credit, *_ = S.estimate(fns, state, tree, prompts, shaped, knobs, graded=reward, chance=S.survival_chance(fns, seen))
-    if credit.ndim == 2:
-        credit = jax.vmap(lambda t, x: T.up(t, x) / jnp.maximum(T.leaf_count(t), 1))(tree, credit)
-    return Grown(tree, reward, credit, stats.forks, stats.pruned)
+def grow(fns: S.Fns, state, prompts, key, step, knobs) -> S.Sampled:
+    """Grows the trees of a batch of prompts; traceable."""
+    return S.Sampled(*S.rollout(fns, state.params, prompts, key, step, knobs, quality=state.quality))
+
+
+def credit(fns: S.Fns, state, prompts, sampled: S.Sampled, graded: rewards.Graded, knobs):
+    """Credit of the cells of graded trees, [B, S, K]; traceable."""
+    tree, _, seen = sampled
+    shaped = S.shape_reward(fns, tree, graded.reward)
+    found, *_ = S.estimate(
+        fns, state, tree, prompts, shaped, knobs, graded=graded.reward, chance=S.survival_chance(fns, seen)
+    )
+    if found.ndim == 3:
+        return found
+    return jax.vmap(lambda t, x: T.up(t, x) / jnp.maximum(T.leaf_count(t), 1))(tree, found)
 
 
 def load(workdir: str, *, best: bool = False) -> tuple[Experiment, object, int]:

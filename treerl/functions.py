@@ -19,16 +19,19 @@ from treerl import tree as T
 from treerl.advantages import ESTIMATORS, MULTIPLIERS, WHITENED, Advantage, compose, extras, leaf_estimators
 from treerl.config import fits
 from treerl.errors import UserError
+from treerl.models import families
 from treerl.models.quality import QualityHead
 from treerl.models.transformer import Model, TransformerConfig
 from treerl.optimizer import make_optimizer
-from treerl.tasks import Task
+from treerl.tasks import HostGraders, Task
+from treerl.tokenizers import check_vocabulary
 
 AGGREGATIONS = ("token", "sequence", "constant")
 FORCED = ("policy", "mask", "importance")
 IMPORTANCE = ("none", "truncate", "mask")
 PROXIMAL = ("sampler", "learner")
 WEIGHTS = ("none", "inverse")
+SHOWN = 2  # trees a step whose answers can be written
 
 
 class Sizes(NamedTuple):
@@ -46,6 +49,8 @@ class Sizes(NamedTuple):
     remat: bool
     review_at: int = 0  # iterations before the pruning rule's review
     columns: int | None = None  # lines of a tree that run on after it
+    pool_dtype: str | None = None  # of the pool of keys and values; None: that of the activations
+    shown: int = 0  # trees whose answers a step hands out
 
 
 class Quality(NamedTuple):
@@ -69,7 +74,7 @@ class Fns(NamedTuple):
     branching: Callable  # (knobs, step) -> Branching
     pruning: Callable  # (knobs, step, state of the quality head) -> Pruning
     quality: Quality | None
-    grader: Callable  # (tokens [S], length [], data) -> [] float32
+    grader: Callable | None  # (tokens [S], length [], data) -> [] float32, on the device
     advantage: Advantage  # estimator, whitening and multipliers
     thinning: Callable | None  # (tree, reward [L], credit, step) -> cells trained on [S, K]
     objective: Callable  # (knobs) -> function of `losses`
@@ -81,6 +86,7 @@ class Fns(NamedTuple):
     forced: str  # one of FORCED
     importance: str  # one of IMPORTANCE
     aggregation: str  # one of AGGREGATIONS
+    host: HostGraders | None = None  # graders of text, which run on the host, instead of `grader`
 
 
 def known(name: str, table, field: str):
@@ -241,8 +247,27 @@ def make_quality(config, late: int, width: int) -> tuple[Quality | None, int, in
     return Quality(choose, head, optimizer, q.epochs, q.bins, p.weights == "inverse"), review_at, columns
 
 
-def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
-    """Chooses the functions of a config. `optimizer` replaces the config's own."""
+def make_model(config, task: Task, folder: str | None) -> Model:
+    """The model of the `model` section, or of a folder with a published one, whose config.json gives its sizes.
+
+    Raises:
+      UserError: the folder's model is not supported, or its vocabulary lacks tokens of the tokenizer.
+    """
+    others = {name: config[name] for name in ("dtype", "param_dtype", "lora_rank", "lora_alpha")}
+    if folder is not None:
+        model = Model(families.from_folder(folder, **others))
+        check_vocabulary(task.tokenizer, model.config.vocab, folder)
+        return model
+    sizes = {name: value for name, value in config.items() if name != "source"}
+    return Model(TransformerConfig(vocab=task.tokenizer.vocab_size, **sizes))
+
+
+def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None, folder: str | None = None) -> Fns:
+    """Chooses the functions of a config.
+
+    Args:
+      optimizer: replaces the config's own. folder: of the published model that `model.source` names.
+    """
     s, l, b, p = config.sampler, config.learner, config.branching, config.pruning
 
     def lookahead(knobs, step):
@@ -261,7 +286,7 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
         )
     forks = b.rule != "stochastic"
     budget = s.answer_length + (b.fill_after + 1 if forks else 0)
-    model = Model(TransformerConfig(vocab=task.tokenizer.vocab_size, **config.model))
+    model = make_model(config.model, task, folder)
     quality, review_at, columns = make_quality(config, budget - s.answer_length, model.config.width)
 
     def survive(knobs, step, quality_state):
@@ -311,6 +336,7 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
             slots=s.slots, rows=s.answer_length, budget=budget, review_at=review_at, columns=columns,
             segment=s.segment, lengths=tuple(s.lengths) + (s.answer_length,), bin_tokens=l.bin_tokens,
             bins_per_step=l.bins_per_step, epochs=l.epochs, vocab_chunk=l.vocab_chunk, remat=l.remat,
+            pool_dtype=s.pool_dtype or None, shown=min(SHOWN, s.prompts) if config.samples_every else 0,
         ),
         model=model,
         optimizer=optax.with_extra_args_support(optimizer or make_optimizer(config.optimizer, config.steps * l.epochs)),
@@ -319,6 +345,7 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None) -> Fns:
         pruning=known(p.rule, prunings, "pruning.rule"),
         quality=quality,
         grader=task.grade,
+        host=task.host,
         advantage=advantage,
         thinning=backward,
         trims=l.objective != "gspo" and not l.kl > 0,
@@ -341,7 +368,7 @@ def make_knobs(config, task: Task) -> dict:
     return dict(
         temperature=f32(config.sampler.temperature),
         top_p=f32(config.sampler.top_p),
-        eos=jnp.atleast_1d(jnp.int32(task.tokenizer.eos_id)),
+        eos=jnp.array(task.tokenizer.eos_ids, jnp.int32),
         tau_abs=f32(b.tau_abs),
         tau_rel=f32(b.tau_rel),
         share_from=jnp.array([step for step, _ in b.share], jnp.int32),

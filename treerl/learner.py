@@ -77,14 +77,17 @@ def gradient_norms(fns, params, tree: T.Tree, prompts: Prompts, temperature) -> 
         used = jnp.arange(rows)[:, None] < length
         return T.from_parents(jnp.zeros((rows, 1)), used, jnp.stack([length - 1, jnp.zeros_like(length)])[None], token=token[:, None])
 
-    def logp(params, token, length, prompt):
+    trained, frozen = fns.model.split(params)
+
+    def logp(trained, token, length, prompt):
+        params = fns.model.join(trained, frozen)
         one = jax.tree.map(lambda x: x[None], (line(token, length), prompt))
         weight = one[0].used.astype(jnp.float32)
         return jnp.sum(bin_logps(fns, params, packing.pack(*one, (weight,) * 3, size=size, bins=1), temperature))
 
     def norm(leaf):
         token, length, prompt = leaf
-        grads = jax.grad(logp)(params, token, length, prompt)
+        grads = jax.grad(logp)(trained, token, length, prompt)
         return jnp.where(length > 0, jnp.square(optax.tree.norm(grads)), 0)
 
     token = jax.vmap(lambda t: T.along(t, t.token))(tree)
@@ -132,16 +135,17 @@ def gradient(fns, objective, params, bins: packing.Bins, weight):
       bins: [shards, N, C]. weight: [] float32, of the whole batch.
 
     Returns:
-      (gradient, (loss, sums / weight, maximum)).
+      (gradient of what is trained, float32, (loss, sums / weight, maximum)).
     """
-    step = fns.sizes.bins_per_step
-    value = jax.value_and_grad(jax.jit(objective), has_aux=True)  # traced once, for its shapes too
-    shapes = jax.eval_shape(value, params, jax.eval_shape(lambda: microbatch(fns, bins, 0)))
+    step, (trained, frozen) = fns.sizes.bins_per_step, fns.model.split(params)
+    part = jax.jit(lambda trained, bins: objective(fns.model.join(trained, frozen), bins))
+    value = jax.value_and_grad(part, has_aux=True)  # traced once, for its shapes too
+    shapes = jax.eval_shape(value, trained, jax.eval_shape(lambda: microbatch(fns, bins, 0)))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)  # whatever the parameters are
 
     def body(carry):
         i, ((loss, (sums, top)), grads) = carry
-        (new_loss, (new_sums, new_top)), new_grads = value(params, microbatch(fns, bins, i))
+        (new_loss, (new_sums, new_top)), new_grads = value(trained, microbatch(fns, bins, i))
         add = functools.partial(jax.tree.map, jnp.add)
         total = (loss + new_loss, (add(sums, new_sums), jnp.maximum(top, new_top))), add(grads, new_grads)
         return i + 1, total
@@ -151,5 +155,4 @@ def gradient(fns, objective, params, bins: packing.Bins, weight):
     )
     norm = jnp.maximum(weight, 1e-9)
     grads, sums = jax.tree.map(lambda x: x / norm, (grads, sums))
-    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
     return grads, (loss / norm, sums, top)

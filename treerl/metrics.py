@@ -13,15 +13,15 @@ from treerl import tree as T
 from treerl.errors import UserError
 
 
-class MetricsFile:
-    """Appends lines to metrics.jsonl, and on opening drops what will be done again.
+class LinesFile:
+    """Appends lines that belong to steps, and on opening drops those that will be done again.
 
     A run resumed from the checkpoint of step n repeats the steps after n: their
     lines go, as does a last line that an interruption cut short, so the file
     always tells one story. With several processes, open it in the first alone.
 
     Args:
-      path: the file; it and its folder are created if missing.
+      path: the JSONL file; it and its folder are created if missing.
       resume_step: lines of later steps are dropped; -1 starts anew.
 
     Raises:
@@ -44,6 +44,24 @@ class MetricsFile:
         os.replace(temporary, path)
         self._file = open(path, "a", encoding="utf-8")
 
+    def append(self, line: dict) -> None:
+        """Writes one line, JSON with a "step", and flushes it."""
+        self._file.write(_dump(line))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class MetricsFile(LinesFile):
+    """The lines of metrics.jsonl, numbers alone."""
+
     def write(self, step: int, values: dict) -> None:
         """Writes one line and flushes it.
 
@@ -58,18 +76,7 @@ class MetricsFile:
         """
         if "step" in values:
             raise ValueError('metric "step" is the line\'s own number; rename the metric.')
-        line = {"step": int(step)} | {name: _scalar(name, value) for name, value in values.items()}
-        self._file.write(_dump(line))
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
+        self.append({"step": int(step)} | {name: _scalar(name, value) for name, value in values.items()})
 
 
 def read(path) -> list[dict]:

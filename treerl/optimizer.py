@@ -25,11 +25,24 @@ def make_optimizer(config, steps: int) -> optax.GradientTransformation:
     if config.ess not in ESS:
         raise UserError(f"optimizer.ess={config.ess!r} is unknown; known are {', '.join(sorted(ESS))}.")
     scale = [] if config.ess == "none" else [scale_by_ess(config.ess_base, rule=config.ess)]
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
-        *scale,
+    adam = optax.adamw(
+        schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mu_dtype=config.moment_dtype
     )
+    return in_float32(optax.chain(optax.clip_by_global_norm(config.clip_norm), adam, *scale))
+
+
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Runs an optimizer on float32 copies, whatever the parameters are stored in.
+
+    Optax's Adam keeps its mean of squares in the parameters' dtype, and bfloat16 cannot hold a mean with b2 = 0.99:
+    steps below 1/256 of a number are lost. Updates are float32; `optax.apply_updates` adds before it rounds.
+    """
+    inner, cast = optax.with_extra_args_support(inner), lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def update(updates, state, params=None, **extra):
+        return inner.update(cast(updates), state, None if params is None else cast(params), **extra)
+
+    return optax.GradientTransformationExtraArgs(lambda params: inner.init(cast(params)), update)
 
 
 ESS = {"none": None, "sqrt": jnp.sqrt, "linear": lambda x: x}

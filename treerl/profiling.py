@@ -1,7 +1,8 @@
-"""Traces of some steps of a run: what the device did when, for TensorBoard, XProf or Perfetto."""
+"""What steps cost: the memory that they will take, and traces of what the device did when."""
 
 import contextlib
 import re
+from typing import NamedTuple
 
 import jax
 from absl import logging
@@ -68,3 +69,50 @@ class Trace:
 
     def __exit__(self, *_):
         self.close()
+
+
+class Memory(NamedTuple):
+    """Bytes on each device."""
+
+    total: int  # arguments, results and temporaries, donated arguments once
+    temporary: int
+    limit: int | None  # what the device lets JAX have; None where it does not say
+
+    def __str__(self):
+        there = f" of {self.limit / 1e9:.1f}" if self.limit else ""
+        return f"{self.total / 1e9:.2f}{there} GB on each device, {self.temporary / 1e9:.2f} GB of it temporaries"
+
+
+def memory(*programs) -> Memory:
+    """What the greediest of some compiled programs (`jax.stages.Compiled`) takes, by the compiler's own plan."""
+    found = []
+    for program in programs:
+        plan = program.memory_analysis()
+        total = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+        found.append((total - plan.alias_size_in_bytes, plan.temp_size_in_bytes))
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return Memory(*max(found), limit)
+
+
+SAVE_MEMORY = (
+    "lower learner.bins_per_step, learner.vocab_chunk, sampler.prompts or sampler.slots, set learner.remat=True, "
+    "model.dtype=bfloat16 or model.lora_rank=16, spread over more devices with mesh.fsdp, or, on a GPU that nothing else "
+    "uses, set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95."
+)
+
+
+def check_memory(plan: Memory) -> None:
+    """Raises UserError if a step will not fit."""
+    if plan.limit and plan.total > plan.limit:
+        raise UserError(f"a step needs {plan}, which does not fit; {SAVE_MEMORY}")
+
+
+@contextlib.contextmanager
+def out_of_memory(fix: str = SAVE_MEMORY):
+    """Turns a device's lack of memory into a UserError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"a device ran out of memory; {fix}") from error

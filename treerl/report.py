@@ -1,4 +1,4 @@
-"""Pictures of a run: one self-contained report.html."""
+"""Pictures: of a run, one self-contained report.html; of several, curves at equal steps and at equal tokens."""
 
 import html
 import io
@@ -8,10 +8,15 @@ from fnmatch import fnmatch
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
+
+from treerl.errors import UserError
 
 # (title, patterns of the metrics drawn together), the most wanted first; what no pattern knows is drawn as "other".
 GROUPS = (
     ("reward", ("reward", "solved")),
+    ("scores of graders", ("reward/*", "heldout/*")),
+    ("answers that graders failed on", ("graders_*",)),
     ("pass@k and votes on held-out examples", ("pass@*", "majority@*", "weighted@*")),
     ("loss", ("loss",)),
     ("gradient norm", ("grad_norm",)),
@@ -171,3 +176,67 @@ def _series(lines: list[dict]) -> dict:
 def _group(name: str) -> str:
     """Title of the first group that knows the metric."""
     return next((title for title, patterns in GROUPS if any(fnmatch(name, p) for p in patterns)), "other")
+
+
+# --- several runs ---------------------------------------------------------------------------------
+
+
+def curve(history: list[dict], metric: str) -> np.ndarray:
+    """(step, tokens sampled up to then, value) of the steps at which a metric was measured: float64 [n, 3]."""
+    tokens = np.cumsum([line["sampled_tokens"] for line in history])
+    rows = [(line["step"], t, line[metric]) for line, t in zip(history, tokens) if line.get(metric) is not None]
+    if not rows:
+        known = sorted({name for line in history for name in line if "@" in name})
+        raise UserError(f"metric {metric!r} was not measured in these runs; known are {', '.join(known)}.")
+    return np.array(rows, float)
+
+
+def mean_curve(curves: list[np.ndarray], axis: int) -> np.ndarray:
+    """Mean and 95% interval over runs: float64 [n, 3] of (x, mean, half width).
+
+    Args:
+      curves: of `curve`, one a seed. axis: 0 for steps, 1 for tokens; values are interpolated to the first run's
+        places, as far as all runs reach.
+
+    Student's t over the runs; the half width of a single run is nan.
+    """
+    end, start = min(c[-1, axis] for c in curves), max(c[0, axis] for c in curves)
+    x = np.array([v for v in curves[0][:, axis] if start <= v < end] + [end])
+    values = np.stack([np.interp(x, c[:, axis], c[:, 2]) for c in curves])
+    count = len(curves)
+    spread = values.std(axis=0, ddof=1) / count**0.5 if count > 1 else np.full(len(x), np.nan)
+    return np.stack([x, values.mean(axis=0), stats.t.ppf(0.975, max(count - 1, 1)) * spread], axis=1)
+
+
+def compare(path, runs: dict[str, list[list[dict]]], metric: str = "pass@1") -> dict[str, np.ndarray]:
+    """Draws a metric of several kinds of runs as an SVG, at equal steps on the left and equal sampled tokens on the right.
+
+    Args:
+      runs: name -> histories (lines of metrics.jsonl), one a seed.
+
+    Returns:
+      name -> [2, 3]: (x, mean, half width of the 95% interval) at the end that all kinds reach, of steps and of tokens.
+    """
+    curves = {name: [curve(history, metric) for history in histories] for name, histories in runs.items()}
+    found = {name: [] for name in curves}
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "treerl"}):
+        figure = Figure(figsize=(11, 4), layout="constrained")
+        for axis, (place, label) in enumerate(zip(figure.subplots(1, 2, sharey=True), ("steps", "tokens sampled"))):
+            shared = min(c[-1, axis] for own in curves.values() for c in own)
+            for name, own in curves.items():
+                x, mean, half = mean_curve(own, axis).T
+                place.plot(x, mean, label=f"{name}, {len(own)} seeds" if len(own) > 1 else name)
+                place.fill_between(x, mean - half, mean + half, alpha=0.2)
+                cut = [np.concatenate([c[c[:, axis] < shared], [_at(c, axis, shared)]]) for c in own]
+                found[name].append(mean_curve(cut, axis)[-1])
+            place.set_xlabel(label)
+            place.set_title(f"{metric} at equal {label}")
+            place.grid(alpha=0.3)
+            place.legend(fontsize="small")
+        figure.savefig(path, format="svg", metadata={"Date": None})
+    return {name: np.stack(rows) for name, rows in found.items()}
+
+
+def _at(points: np.ndarray, axis: int, x: float) -> np.ndarray:
+    """A curve's point at x, between its own."""
+    return np.array([np.interp(x, points[:, axis], points[:, i]) for i in range(3)])

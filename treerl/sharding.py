@@ -21,6 +21,7 @@ RULES = {
     "gate_up": None,
     "mlp": "tensor",
     "norm": None,
+    "rank": None,
 }
 
 

@@ -3,14 +3,17 @@
     train_step(fns, state, prompts, knobs) -> state, metrics
 
     1. sample    grow a tree for every prompt, prune on the way     `rollout`
-    2. grade     a reward for every leaf                            `grade`
+    2. grade     a reward for every leaf                            `grade`, or the host between
     3. estimate  credit from rewards and the shape of the tree      `estimate`
     4. weigh     what a token counts: aggregation, forced tokens, importance    `weigh`, `thin`
     5. learn     pack the trees, each token once, and update        `learn`, `learn_quality`
 
-All of it is one program that XLA compiles and shards. `fns` are the functions that a config
+All of it is one program that XLA compiles and shards; where the host grades text it is two, `sample_half` and
+`learn_half`, or one that calls the host. `fns` are the functions that a config
 chose (`treerl.functions`); `knobs` are its numbers, traced, so that changing one compiles nothing.
 """
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,6 +21,7 @@ import optax
 from treerl import branching, masked, packing, pruning, rewards, sampler, sharding, survival
 from treerl import tree as T
 from treerl.functions import Fns, Sizes, make_fns, make_knobs
+from treerl.graders import FAULTS
 from treerl.learner import (
     cell_logps, gradient, gradient_norms, pack, policy_objective, supervised_objective,
 )  # fmt: skip
@@ -30,14 +34,20 @@ __all__ = ["Fns", "Sizes", "make_fns", "make_knobs"]
 # --- the state -----------------------------------------------------------------------------
 
 
-def init_state(fns: Fns, seed: int) -> TrainState:
-    """Random parameters and everything else at zero; traceable, see `state_shardings`."""
+def init_state(fns: Fns, seed: int, loaded=None) -> TrainState:
+    """The start of training; traceable, see `state_shardings`.
+
+    Args:
+      loaded: parameters of a published model; None draws them at random.
+    """
     key = jax.random.key(seed)
-    params = fns.model.init(jax.random.fold_in(key, 0))
+    own = jax.random.fold_in(key, 0)
+    params = fns.model.init(own) if loaded is None else fns.model.adapt(loaded, own)
+    trained, _ = fns.model.split(params)
     return TrainState(
         params=params,
-        opt_state=fns.optimizer.init(params),
-        reference=jax.tree.map(jnp.copy, params) if fns.reference else None,
+        opt_state=fns.optimizer.init(trained),
+        reference=jax.tree.map(jnp.copy, trained) if fns.reference else None,
         memory=fns.advantage.memory,
         quality=start_quality(fns, jax.random.fold_in(key, 2)),
         step=jnp.int32(0),
@@ -58,9 +68,10 @@ def start_quality(fns: Fns, key) -> dict | None:
 
 def restart(fns: Fns, state: TrainState) -> TrainState:
     """A fresh optimizer, and the policy as it is for reference: the start of a new phase."""
+    trained, _ = fns.model.split(state.params)
     return state.replace(
-        opt_state=fns.optimizer.init(state.params),
-        reference=jax.tree.map(jnp.copy, state.params) if fns.reference else None,
+        opt_state=fns.optimizer.init(trained),
+        reference=jax.tree.map(jnp.copy, trained) if fns.reference else None,
         skipped=jnp.int32(0),
     )
 
@@ -69,13 +80,14 @@ def state_shardings(fns: Fns):
     """Shardings of a TrainState: parameters by their logical axes, moments like parameters."""
     params = sharding.parameter_shardings(fns.mesh, fns.model.axes(), fns.model.shapes())
     everywhere = sharding.replicated(fns.mesh)
-    abstract = jax.eval_shape(fns.optimizer.init, fns.model.shapes())
+    trained, _ = fns.model.split(params)
+    abstract = jax.eval_shape(fns.optimizer.init, fns.model.split(fns.model.shapes())[0])
     return TrainState(
         params=params,
         opt_state=optax.tree_map_params(
-            fns.optimizer, lambda _, s: s, abstract, params, transform_non_params=lambda _: everywhere
+            fns.optimizer, lambda _, s: s, abstract, trained, transform_non_params=lambda _: everywhere
         ),
-        reference=params if fns.reference else None,
+        reference=trained if fns.reference else None,
         memory=jax.tree.map(lambda _: everywhere, fns.advantage.memory),
         quality=jax.tree.map(lambda _: everywhere, jax.eval_shape(lambda: start_quality(fns, jax.random.key(0)))),
         step=everywhere,
@@ -96,15 +108,15 @@ def rollout(
     Args:
       quality: state of the quality head, if the config has one.
     """
-    axes, shapes = fns.model.axes(), fns.model.shapes()
-    gathered = sharding.parameter_shardings(fns.mesh, axes, shapes, gathered=True)
-    params = jax.tree.map(lambda p: p.astype(fns.model.config.dtype), params)
+    model = fns.model  # adapters as they are: folded into bfloat16 weights, small changes would be rounded away
+    gathered = sharding.parameter_shardings(fns.mesh, model.axes(), model.shapes(), gathered=True)
+    params = jax.tree.map(lambda p: p.astype(model.config.dtype), params)
     params = jax.lax.with_sharding_constraint(params, gathered)  # once, before the loop
     size = fns.sizes
     plain = slots is not None
     slots = slots if plain else size.slots
     return sampler.sample(
-        make_policy(fns.model, params, slots=slots, rows=size.rows, mesh=fns.mesh),
+        make_policy(model, params, slots=slots, rows=size.rows, mesh=fns.mesh, pool_dtype=size.pool_dtype),
         branching.stochastic() if plain else fns.branching(knobs, step),
         pruning.none() if plain else fns.pruning(knobs, step, quality),
         prompts,
@@ -123,31 +135,28 @@ def rollout(
     )
 
 
-def grade(fns: Fns, tree: T.Tree, prompts: Prompts) -> tuple[jax.Array, jax.Array]:
-    """Rewards of all leaves, float32 [B, L]: as graded, and as trained on, with length punished."""
-    reward = rewards.grade(tree, prompts.data, fns.grader)
-    if not fns.overlong:
-        return reward, reward
-    return reward, reward + jax.vmap(lambda t: rewards.overlong(t, fns.overlong))(tree)
+def grade(fns: Fns, tree: T.Tree, prompts: Prompts) -> rewards.Graded:
+    """Rewards of all leaves, by the task's grader on the device or, called from the program, on the host."""
+    if fns.host is not None:
+        return rewards.by_callback(fns.host, tree, prompts.data, fns.mesh)
+    return rewards.on_device(tree, prompts.data, fns.grader)
 
 
-def evaluate_step(fns: Fns, params, quality, prompts: Prompts, key, knobs, *, samples: int) -> dict:
-    """Independent samples, graded, and what they vote for: dict of [B, samples].
+def shape_reward(fns: Fns, tree: T.Tree, reward: jax.Array) -> jax.Array:
+    """What is trained on: rewards as graded, with length punished if the config says so: float32 [B, L]."""
+    return reward + jax.vmap(lambda t: rewards.overlong(t, fns.overlong))(tree) if fns.overlong else reward
+
+
+def evaluate_sample(fns: Fns, params, quality, prompts: Prompts, key, knobs, *, samples: int) -> tuple[T.Tree, dict]:
+    """Independent samples of each prompt, and what is known before they are graded.
 
     Returns:
-      reward: float32. valid: bool, the sample ended. answer: int32, index of the first sample of the same tokens.
-      score: float32, of the quality head at the sample's end; only with one.
+      (trees, dict of [B, samples]: valid, bool, the sample ended; score, float32, of the quality head at its
+      end, only with one).
     """
     tree, _, seen = rollout(fns, params, prompts, key, 0, knobs, slots=samples)
-
-    def first(tree):
-        token = jnp.where(tree.leaf_path >= 0, T.along(tree, tree.token), T.NONE)
-        return jnp.argmax(jnp.all(token[:, None] == token, axis=-1), axis=1)
-
-    graded = dict(
-        reward=rewards.grade(tree, prompts.data, fns.grader), valid=jax.vmap(T.leaf_valid)(tree), answer=jax.vmap(first)(tree)
-    )
-    return graded if fns.quality is None else dict(graded, score=fns.quality.head.score(quality["params"], seen.hidden))
+    found = dict(valid=jax.vmap(T.leaf_valid)(tree))
+    return tree, found if fns.quality is None else dict(found, score=fns.quality.head.score(quality["params"], seen.hidden))
 
 
 # --- credit --------------------------------------------------------------------------------
@@ -168,7 +177,8 @@ def estimate(
     needs, temperature = set(fns.advantage.needs), knobs["temperature"]
     extras = {}
     if fns.kl is not None or "reference_logp" in needs:
-        extras["reference_logp"] = cell_logps(fns, state.reference, tree, prompts, temperature)
+        reference = fns.model.join(state.reference, fns.model.split(state.params)[1])
+        extras["reference_logp"] = cell_logps(fns, reference, tree, prompts, temperature)
     if "gradient_norm" in needs:
         extras["gradient_norm"] = gradient_norms(fns, state.params, tree, prompts, temperature)
     extras["importance"] = jax.vmap(leaf_importance)(tree)
@@ -257,6 +267,8 @@ def update(fns: Fns, state: TrainState, grads, loss, ess=1.0) -> tuple[TrainStat
       ess: [] effective sample size of the batch's rollouts over their number, for optimizers that read it.
     """
 
+    trained, frozen = fns.model.split(state.params)
+
     def apply(params, opt_state):
         updates, opt_state = fns.optimizer.update(grads, opt_state, params, ess=ess)
         return optax.apply_updates(params, updates), opt_state
@@ -264,8 +276,8 @@ def update(fns: Fns, state: TrainState, grads, loss, ess=1.0) -> tuple[TrainStat
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm) & jnp.isfinite(loss)
     # A branch works in place; a `where` over the whole state costs one more copy of the parameters.
-    params, opt_state = jax.lax.cond(good, apply, lambda *same: same, state.params, state.opt_state)
-    state = state.replace(params=params, opt_state=opt_state, skipped=jnp.where(good, 0, state.skipped + 1))
+    trained, opt_state = jax.lax.cond(good, apply, lambda *same: same, trained, state.opt_state)
+    state = state.replace(params=fns.model.join(trained, frozen), opt_state=opt_state, skipped=jnp.where(good, 0, state.skipped + 1))
     return state, dict(loss=loss, grad_norm=norm, skipped=1 - good.astype(jnp.int32))
 
 
@@ -342,12 +354,27 @@ def effective_share(weight: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.where(square > 0, jnp.square(jnp.sum(weight)) / jnp.maximum(count * square, 1e-30), 1.0)
 
 
-def train_step(fns: Fns, state: TrainState, prompts: Prompts, knobs: dict) -> tuple[TrainState, dict]:
-    """The step: prompts [B, ...] to updated parameters; numbered as in the module's docstring."""
+class Sampled(NamedTuple):
+    """What the first half of a step hands to the second."""
+
+    tree: T.Tree
+    stats: sampler.Stats
+    seen: sampler.Seen
+
+
+def sample_half(fns: Fns, state: TrainState, prompts: Prompts, knobs: dict) -> Sampled:
+    """Grows the trees of a step."""
     key = jax.random.wrap_key_data(state.key)
-    tree, stats, seen = rollout(fns, state.params, prompts, key, state.step, knobs, quality=state.quality)  # 1
-    tree, stats, seen = jax.lax.with_sharding_constraint((tree, stats, seen), sharding.trees(fns.mesh))
-    reward, shaped = grade(fns, tree, prompts)  # 2
+    found = Sampled(*rollout(fns, state.params, prompts, key, state.step, knobs, quality=state.quality))  # 1
+    return jax.lax.with_sharding_constraint(found, sharding.trees(fns.mesh))
+
+
+def learn_half(
+    fns: Fns, state: TrainState, prompts: Prompts, sampled: Sampled, graded: rewards.Graded, knobs: dict
+) -> tuple[TrainState, dict]:
+    """From graded trees to updated parameters; see `train_step`."""
+    (tree, stats, seen), reward = sampled, graded.reward
+    drawn, shaped = tree, shape_reward(fns, tree, reward)
     if fns.proximal == "learner":  # decoupled PPO: ratios start from the learner's own log-probs
         tree = tree.replace(logp_policy=cell_logps(fns, state.params, tree, prompts, knobs["temperature"]))
     credit, leaf_weight, memory, extras = estimate(
@@ -364,7 +391,38 @@ def train_step(fns: Fns, state: TrainState, prompts: Prompts, knobs: dict) -> tu
         quality, more = learn_quality(fns, state.quality, seen, tree, reward, knobs)
         state, metrics = state.replace(quality=quality), metrics | more
     state = state.replace(step=state.step + 1, position=state.position + prompts.token.shape[0], memory=memory)
-    return state, dict(metrics, ess=ess, **describe(tree, reward, stats))
+    metrics |= dict(ess=ess, **describe(tree, reward, stats), **describe_host(fns, tree, graded))
+    if fns.sizes.shown:
+        metrics["samples"] = show(drawn, prompts, graded, fns.sizes.shown)
+    return state, metrics
+
+
+def describe_host(fns: Fns, tree: T.Tree, graded: rewards.Graded) -> dict:
+    """Mean score of each grader of the host, and how many answers each kind of fault cost; {} without any."""
+    if fns.host is None:
+        return {}
+    valid = jax.vmap(T.leaf_valid)(tree)
+    scores = {f"reward/{name}": masked.mean(graded.parts[..., i], valid) for i, name in enumerate(fns.host.names)}
+    return scores | {f"graders_{name}": jnp.sum(graded.fault == i) for i, name in enumerate(FAULTS) if i}
+
+
+def show(tree: T.Tree, prompts: Prompts, graded: rewards.Graded, count: int) -> dict:
+    """Prompts and answers of the first trees, to be written: arrays with `count` in front."""
+    first = jax.tree.map(lambda x: x[:count], (tree, prompts, graded))
+    tokens, length = rewards.answers(first[0])
+    return dict(
+        prompt=first[1].token, prompt_length=first[1].length, answer=tokens, length=length, reward=first[2].reward,
+        parts=first[2].parts, fault=first[2].fault,
+    )  # fmt: skip
+
+
+def train_step(fns: Fns, state: TrainState, prompts: Prompts, knobs: dict) -> tuple[TrainState, dict]:
+    """The step: prompts [B, ...] to updated parameters; numbered as in the module's docstring.
+
+    Metrics are scalars, but for `samples`, some of the answers (see `show`), with `Sizes.shown`.
+    """
+    sampled = sample_half(fns, state, prompts, knobs)
+    return learn_half(fns, state, prompts, sampled, grade(fns, sampled.tree, prompts), knobs)
 
 
 def supervised_step(fns: Fns, state: TrainState, prompts: Prompts, answer, length) -> tuple[TrainState, dict]:

@@ -3,6 +3,7 @@ import contextlib
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -18,6 +19,7 @@ from treerl import step as S
 from treerl.checkpoint import Checkpoints
 from treerl.errors import UserError, writing
 from treerl.experiment import Experiment
+from treerl.models import weights
 from treerl.optimizer import make_optimizer
 from treerl.workdir import claim, write_config
 
@@ -80,6 +82,30 @@ def check_warm_start(experiment: Experiment) -> None:
     P.encode_answers(experiment.task, examples, config.sampler.answer_length)
 
 
+def check_start(experiment: Experiment) -> None:
+    """Raises UserError where what a new run will read cannot work: published weights, and every prompt up to its end.
+
+    A prompt that is too long would end the run when its turn comes, and its workdir keeps sampler.prompt_length.
+    """
+    if experiment.folder:
+        weights.check(experiment.folder, experiment.fns.model.plain)
+    config, stream = experiment.config, experiment.stream()
+    count, batch = min(config.steps * config.sampler.prompts, len(experiment.task.train)), config.sampler.prompts
+    if config.task.name == "reasoning_gym":  # questions are made when they are asked for, some in 50 ms
+        count = min(count, 256)
+    for start in range(0, count, batch):
+        examples, index = stream.examples(start, min(batch, count - start))
+        P.encode(experiment.task, examples, index, config.sampler.prompt_length)
+
+
+def compile_step(experiment: Experiment) -> None:
+    """Compiles the training step and prints the memory it takes. Raises UserError where that is not there."""
+    examples, index = experiment.stream().examples(0, experiment.config.sampler.prompts)
+    plan = experiment.compile_step(experiment.state_shape(), experiment.prompts(examples, index))
+    tqdm.write(f"memory of a step: {plan}", file=sys.stderr)  # not into a bar
+    profiling.check_memory(plan)
+
+
 def stop_if_diverged(config: ConfigDict, state, moment: str, advice: str) -> None:
     """Raises Diverged if more updates were skipped in a row than learner.max_skipped."""
     skipped, limit = int(state.skipped), config.learner.max_skipped
@@ -100,7 +126,7 @@ def warm_start(experiment: Experiment, state, progress, caught=()):
     if not config.steps:
         return state, []
     optimizer = ConfigDict(dict(experiment.config.optimizer, learning_rate=config.learning_rate, schedule="constant"))
-    fns = experiment.fns._replace(optimizer=make_optimizer(optimizer, config.steps))
+    fns, model = experiment.fns._replace(optimizer=make_optimizer(optimizer, config.steps)), experiment.fns.model
     shardings = S.state_shardings(fns)
     update = jax.jit(
         functools.partial(S.supervised_step, fns),
@@ -108,7 +134,7 @@ def warm_start(experiment: Experiment, state, progress, caught=()):
         out_shardings=(shardings, sharding.replicated(experiment.mesh)),
         donate_argnums=0,
     )
-    state = jax.jit(functools.partial(S.restart, fns), out_shardings=shardings)(state)
+    state = jax.jit(functools.partial(S.restart, fns), out_shardings=shardings, donate_argnums=0)(state)
     stream = P.Stream(first_examples(experiment), experiment.config.seed)
     curve, best, best_params, since, losses = [], -1.0, None, 0, []
     bar = tqdm(range(1, config.steps + 1), desc="warm start", disable=not progress)
@@ -134,18 +160,18 @@ def warm_start(experiment: Experiment, state, progress, caught=()):
             losses, since = [], since + 1
             if scores["pass@1"] > best:
                 best, since = scores["pass@1"], 0
-                best_params = jax.tree.map(jnp.copy, state.params)
+                best_params = jax.tree.map(jnp.copy, model.split(state.params)[0])
             if since >= config.patience:
                 break
-    state = state.replace(params=best_params)
-    finish = jax.jit(functools.partial(S.restart, experiment.fns), out_shardings=experiment.shardings)
+    state = state.replace(params=model.join(best_params, model.split(state.params)[1]))
+    finish = jax.jit(functools.partial(S.restart, experiment.fns), out_shardings=experiment.shardings, donate_argnums=0)
     return finish(state), curve
 
 
 def train(config: ConfigDict, workdir: str, progress: bool = True, profile: tuple[int, int] | None = None) -> dict:
     """Runs an experiment to its end, from its last checkpoint if there is one.
 
-    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and report.html into workdir.
+    Writes config.json, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ and report.html into workdir.
     Lines of metrics.jsonl after the restored checkpoint are dropped and written again, with the
     same numbers apart from times. With `profile`, (first, last), traces those steps into profile/.
     Called again after its end, it writes the report again.
@@ -159,7 +185,7 @@ def train(config: ConfigDict, workdir: str, progress: bool = True, profile: tupl
     Raises:
       Interrupted: by a signal, after saving. Diverged: too many updates in a row were skipped.
     """
-    with first_signal() as caught:
+    with first_signal() as caught, profiling.out_of_memory():
         return _train(config, workdir, progress, profile, caught)
 
 
@@ -168,6 +194,9 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, caught: li
     claim(workdir, config)
     experiment = Experiment(config)
     check_warm_start(experiment)
+    if new := not os.path.exists(os.path.join(workdir, "config.json")):
+        check_start(experiment)
+        compile_step(experiment)  # what does not fit is said before anything is written
     with writing(f"workdir={workdir}", REFUSED):
         write_config(workdir, config)
     stream = experiment.stream()
@@ -192,6 +221,7 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, caught: li
         start = int(state.step)
         with (
             metrics.MetricsFile(os.path.join(workdir, "metrics.jsonl"), start) as metrics_file,
+            metrics.LinesFile(os.path.join(workdir, "samples.jsonl"), start) as samples_file,
             events.EventFile(os.path.join(workdir, "tensorboard"), start) as event_file,
             profiling.Trace(os.path.join(workdir, "profile"), profile, start) as trace,
             tqdm(total=config.steps, initial=start, desc="train", disable=not progress) as bar,
@@ -207,8 +237,11 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, caught: li
                     )
                 tick = time.monotonic()
                 examples, index = stream.examples(position, config.sampler.prompts)
+                if number == start + 1 and not new:
+                    compile_step(experiment)
                 with trace.step(number):
                     state, values = experiment.train_step(state, experiment.prompts(examples, index), experiment.knobs)
+                    shown = values.pop("samples", None)
                     values = jax.device_get(values)
                 position += config.sampler.prompts
                 last, scores = number == config.steps, None
@@ -219,6 +252,9 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, caught: li
                 values = dict(values, seconds=time.monotonic() - tick)
                 metrics_file.write(number, values)
                 event_file.write(number, events.grouped(values))
+                if shown is not None and (number % config.samples_every == 0 or number == 1 or last):
+                    for sample in experiment.samples(shown):
+                        samples_file.append(dict(step=number, **sample))
                 bar.update()
                 stop_if_diverged(
                     config, state, f"step {number}",

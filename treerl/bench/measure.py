@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
+from treerl import profiling
 from treerl.models.presets import PRESETS
 from treerl.models.transformer import TransformerConfig
 
@@ -42,9 +43,7 @@ def compiled(function, *args) -> Program:
     begin = time.perf_counter()
     program = function.lower(*args).compile()
     seconds = time.perf_counter() - begin
-    memory = program.memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return Program(program, seconds, peak - memory.alias_size_in_bytes)
+    return Program(program, seconds, profiling.memory(program).total)
 
 
 @contextlib.contextmanager

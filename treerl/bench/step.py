@@ -71,7 +71,7 @@ def rows(**sizes):
 
     def rollout(params, prompts, key, number, knobs):
         tree, *_ = S.rollout(fns, params, prompts, jax.random.wrap_key_data(key), number, knobs)
-        return tree, S.grade(fns, tree, prompts)[1]
+        return tree, S.grade(fns, tree, prompts).reward
 
     sampling = measure.compiled(rollout, state.params, prompts, state.key, state.step, knobs)
     metrics = {}

@@ -13,7 +13,7 @@ from treerl.types import Prompts
 class Tokens:
     """A vocabulary without an end-of-sequence id: every answer runs to its last row."""
 
-    eos_id = -1
+    eos_ids = (-1,)
 
     def __init__(self, vocab: int):
         self.vocab_size = vocab
@@ -39,6 +39,7 @@ def prompts(vocab: int, batch: int, width: int, seed: int = 0) -> Prompts:
 def config(sizes: dict, *, param_dtype: str = "float32"):
     """The default config at a suite's sizes; see `treerl.config`."""
     result = C.default()
+    result.samples_every = 0
     model = dict(dict(qk_norm=False, qkv_bias=False, tied=True), **PRESETS[sizes["preset"]])
     model.pop("vocab")
     result.model.update(dict(model, dtype=sizes["dtype"], param_dtype=param_dtype))

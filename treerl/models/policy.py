@@ -9,12 +9,13 @@ from treerl.models.transformer import Model
 from treerl.types import Params, Policy
 
 
-def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Mesh | None = None) -> Policy:
+def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Mesh | None = None, pool_dtype: str | None = None) -> Policy:
     """The sampler's view: weights are cast and unstacked once, before its loop.
 
     Args:
       slots, rows: K and S, the size of the pool of keys and values of a tree.
       mesh: of the parameters; None is one device.
+      pool_dtype: of the keys and values of answers and prompts; None is that of the activations.
 
     Local layers whose window is shorter than a prompt and its answer use the `dense` form: the
     fused kernel knows which cells are ancestors, not how far away they are.
@@ -29,8 +30,9 @@ def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Me
         position = jnp.broadcast_to(jnp.arange(width), token.shape)
         hidden, (k, v) = module(token, position, attention.causal(length))
         last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
-        pool = jnp.zeros((batch, config.kv_heads, slots, rows, config.head_dim), config.dtype)
-        k, v = (rearrange(x, "l b p g d -> l b g p d") for x in (k, v))
+        stored = pool_dtype or config.dtype
+        pool = jnp.zeros((batch, config.kv_heads, slots, rows, config.head_dim), stored)
+        k, v = (rearrange(x, "l b p g d -> l b g p d").astype(stored) for x in (k, v))
         heads = jnp.broadcast_to(last, (batch, slots, config.width))
         return length, last, heads, [(k[i], v[i], pool, pool) for i in range(config.layers)]
 

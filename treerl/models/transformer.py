@@ -6,12 +6,13 @@ axis and scanned, so compile time does not grow with depth; what else differs be
 (local or global attention) is scanned beside them.
 """
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax import nnx
+from flax import nnx, traverse_util
 
 from treerl.errors import UserError
 
@@ -25,6 +26,7 @@ class Llama3Scaling(NamedTuple):
     original: int  # tokens of the context before the extension
 
 
+LORA = "_lora"  # ends the names of adapters
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
 
@@ -55,6 +57,8 @@ class TransformerConfig:
     local_rope_theta: float = 10_000.0  # rope_theta of local layers; never scaled
     dtype: str = "float32"  # of activations, and of weights as they are used
     param_dtype: str = "float32"  # of weights as they are stored and updated
+    lora_rank: int = 0  # train a change of this rank of every product in the blocks, and nothing else; 0: all weights
+    lora_alpha: float = 32.0  # the change is lora_alpha / lora_rank times the product of its factors
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -131,6 +135,35 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
+class Adapter(nnx.Module):
+    """A change of low rank of one product, zero at the start: LoRA, arXiv 2106.09685, section 4.1.
+
+    Products that are one here have one adapter: queries, keys and values share their first factor, as do gate and
+    up. Stored in float32 whatever param_dtype is.
+    """
+
+    def __init__(self, rngs, config, shape, axes, inputs: int):
+        c = dataclasses.replace(config, param_dtype="float32")
+        fan_in, rank = math.prod(shape[:inputs]), c.lora_rank
+        self.first = _weight(rngs, c, (*shape[:inputs], rank), (*axes[:inputs], "rank"), fan_in)
+        self.second = nnx.Param(jnp.zeros((rank, *shape[inputs:])), axes=("rank", *axes[inputs:]))
+        self.inputs, self.scale = inputs, c.lora_alpha / rank
+
+    def __call__(self, x):
+        """x [..., *inputs] -> [..., *outputs]."""
+        return jnp.tensordot(jnp.tensordot(x, self.first[...], self.inputs), self.second[...], 1) * self.scale
+
+
+def change(adapter: dict, config: TransformerConfig) -> jax.Array:
+    """What an adapter's parameters, stacked over layers, add to the stacked weights: float32."""
+    with jax.default_matmul_precision("highest"):
+        one = lambda first, second: jnp.tensordot(first, second, 1)
+        return jax.vmap(one)(adapter["first"], adapter["second"]) * (config.lora_alpha / config.lora_rank)
+
+
+INPUTS = {"qkv": 1, "out": 2, "gate_up": 1, "down": 1}  # axes that the products of a block sum over
+
+
 class Block(nnx.Module):
     """Pre-norm attention and gated MLP, each followed by a norm of its own with `post_norms`."""
 
@@ -145,6 +178,11 @@ class Block(nnx.Module):
         self.out = _weight(rngs, c, (c.heads, c.head_dim, d), ("heads", "head_dim", "embed"), out_in)
         self.gate_up = _weight(rngs, c, (d, 2, c.hidden), ("embed", "gate_up", "mlp"), d)
         self.down = _weight(rngs, c, (c.hidden, d), ("mlp", "embed"), c.hidden)
+        if c.lora_rank:
+            for name, inputs in INPUTS.items():
+                weight = getattr(self, name)
+                adapter = Adapter(rngs, c, weight.shape, weight.get_metadata("axes"), inputs)
+                setattr(self, name + LORA, adapter)
         if c.qkv_bias:
             self.qkv_bias = nnx.Param(jnp.zeros((c.kv_heads, group, c.head_dim), c.param_dtype), axes=names)
         if c.qk_norm:
@@ -157,9 +195,14 @@ class Block(nnx.Module):
         with self.config.products():
             return self._forward(x, angles, attend, cache, window)
 
+    def _product(self, x, name):
+        """One of the block's products, with its adapter if there is one."""
+        y = jnp.tensordot(x, getattr(self, name)[...], INPUTS[name])
+        return y + getattr(self, name + LORA)(x) if self.config.lora_rank else y
+
     def _forward(self, x, angles, attend, cache, window):
         c, h = self.config, self.attention_norm(x)
-        qkv = jnp.einsum("btd,dgrh->btgrh", h, self.qkv[...])
+        qkv = self._product(h, "qkv")
         if c.qkv_bias:
             qkv = qkv + self.qkv_bias[...]
         q, k, v = rearrange(qkv[..., :-2, :], "b t g r h -> b t (g r) h"), qkv[..., -2, :], qkv[..., -1, :]
@@ -169,10 +212,10 @@ class Block(nnx.Module):
         if c.query_scalar not in (None, c.head_dim):
             q = q * (c.head_dim / c.query_scalar) ** 0.5  # attention divides scores by the root of head_dim
         attended, cache = attend(q, k, v, cache, window)
-        h = jnp.einsum("bthk,hkd->btd", attended, self.out[...])
+        h = self._product(attended, "out")
         x = x + (self.attention_out_norm(h) if c.post_norms else h)
-        h = jnp.einsum("btd,dch->btch", self.mlp_norm(x), self.gate_up[...])
-        h = (ACTIVATIONS[c.activation](h[..., 0, :]) * h[..., 1, :]) @ self.down[...]
+        h = self._product(self.mlp_norm(x), "gate_up")
+        h = self._product(ACTIVATIONS[c.activation](h[..., 0, :]) * h[..., 1, :], "down")
         return x + (self.mlp_out_norm(h) if c.post_norms else h), cache
 
 
@@ -284,6 +327,44 @@ class Model:
     def shapes(self):
         """The parameters as a nested dict of `jax.ShapeDtypeStruct`."""
         return nnx.to_pure_dict(self._state)
+
+    @property
+    def plain(self) -> "Model":
+        """The model without adapters."""
+        return Model(dataclasses.replace(self.config, lora_rank=0)) if self.config.lora_rank else self
+
+    def adapt(self, params, key: jax.Array):
+        """Parameters of this model from those of the plain one: with adapters that change nothing yet."""
+        if not self.config.lora_rank:
+            return params
+        return self.join(self.split(self.init(key))[0], params)
+
+    def split(self, params):
+        """(what is trained, what is not) of nested dicts like the parameters; with adapters, they alone are trained."""
+        if not self.config.lora_rank:
+            return params, {}
+        flat = traverse_util.flatten_dict(params)
+        trained = {path: x for path, x in flat.items() if any(name.endswith(LORA) for name in path)}
+        frozen = {path: x for path, x in flat.items() if path not in trained}
+        return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
+
+    def join(self, trained, frozen):
+        """The whole that `split` divided."""
+        if not frozen:
+            return trained
+        flat = traverse_util.flatten_dict(trained) | traverse_util.flatten_dict(frozen)
+        return traverse_util.unflatten_dict(flat)
+
+    def fold(self, params):
+        """Parameters of the plain model with the adapters' changes added to its weights, in their dtype."""
+        if not self.config.lora_rank:
+            return params
+        trained, frozen = self.split(params)
+        blocks, adapters = dict(frozen["blocks"]), trained["blocks"]
+        for name in INPUTS:
+            whole = blocks[name].astype(jnp.float32) + change(adapters[name + LORA], self.config)
+            blocks[name] = whole.astype(blocks[name].dtype)
+        return dict(frozen, blocks=blocks)
 
     def merge(self, params) -> Transformer:
         """The module over these parameters, cast to the dtype of the activations."""

@@ -45,17 +45,21 @@ def load(folder: str, model: Model, mesh: Mesh | None = None) -> Params:
     """
     mesh = mesh or Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
     shapes, config = model.shapes(), model.config
-    _same_model(folder, families.read(folder), config)
     placed = sharding.parameter_shardings(mesh, model.axes(), shapes)
     with contextlib.ExitStack() as files:
-        stored = _open(folder, files)
-        _check(folder, stored, model)
+        stored = _checked(folder, model, files)
         params = jax.tree.map(lambda x: None, shapes)
         for path, parts in layout.pieces(config).items():
             leaf, where = layout.at(shapes, path), layout.at(placed, path)
             make = _stacked if path[0] == "blocks" else _whole
             layout.at(params, path[:-1])[path[-1]] = make(stored, parts, leaf, where)
     return params
+
+
+def check(folder: str, model: Model) -> None:
+    """Raises what `load` would of these files and this model; reads little more than the files' heads."""
+    with contextlib.ExitStack() as files:
+        _checked(folder, model, files)
 
 
 def save(
@@ -83,7 +87,7 @@ def save(
     hf = {key: value for key, value in hf.items() if key != "dtype"} | {"torch_dtype": dtype}
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise UserError(f"{folder} is not empty; name a new folder for the model.")
-    files = _split(list(layout.tensors(config, shapes)), np.dtype(dtype).itemsize, file_bytes)
+    files = split(list(layout.tensors(config, shapes)), np.dtype(dtype).itemsize, file_bytes)
     mine, partial = jax.process_index() == 0, f"{folder.rstrip('/')}.partial"
     with writing(f"model {folder}", "free some space, or name another folder."):
         if mine:
@@ -97,11 +101,11 @@ def save(
                 if mine:
                     values[tensor] = piece.take(leaf)
             if mine:
-                save_file(values, os.path.join(partial, name), metadata={"format": "pt"})
+                write_tensors(os.path.join(partial, name), values)
         if mine:
             if len(files) > 1:
-                _write_index(partial, files, np.dtype(dtype).itemsize)
-            _write_json(os.path.join(partial, "config.json"), hf)
+                write_index(partial, files, np.dtype(dtype).itemsize)
+            write_json(os.path.join(partial, "config.json"), hf)
             for name in COPIED if source else ():
                 if os.path.exists(os.path.join(source, name)):
                     shutil.copy(os.path.join(source, name), os.path.join(partial, name))
@@ -122,7 +126,8 @@ def _same_model(folder, hf: dict, config: TransformerConfig) -> None:
 def _numbers(config: TransformerConfig) -> dict:
     """What decides a model's numbers in exact arithmetic, in one form each."""
     found = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    del found["dtype"], found["param_dtype"]
+    for name in ("dtype", "param_dtype", "lora_rank", "lora_alpha"):
+        del found[name]
     found["query_scalar"] = config.query_scalar or config.head_dim
     if not any(config.local):
         found |= dict(local=(), window=0, local_rope_theta=0)
@@ -130,6 +135,14 @@ def _numbers(config: TransformerConfig) -> dict:
 
 
 # --- reading --------------------------------------------------------------------------------------
+
+
+def _checked(folder: str, model: Model, files: contextlib.ExitStack) -> dict:
+    """Name of every stored tensor -> its slice, where all of them fit the model."""
+    _same_model(folder, families.read(folder), model.config)
+    stored = _open(folder, files)
+    _check(folder, stored, model)
+    return stored
 
 
 def _open(folder: str, files: contextlib.ExitStack) -> dict:
@@ -143,7 +156,8 @@ def _open(folder: str, files: contextlib.ExitStack) -> dict:
             names = sorted(set(listed.values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{folder} has no {SINGLE}, and {INDEX} cannot be read ({error}); copy the model's folder again."
+                f"{folder} has no {SINGLE}, and {INDEX} cannot be read ({error}); copy the model's folder again, with weights "
+                "in safetensors files."
             ) from error
     stored = {}
     for name in names:
@@ -231,7 +245,7 @@ def _stacked(stored: dict, parts: list, leaf: jax.ShapeDtypeStruct, where: Named
 # --- writing --------------------------------------------------------------------------------------
 
 
-def _split(tensors: list, itemsize: int, limit: int) -> dict[str, list]:
+def split(tensors: list, itemsize: int, limit: int) -> dict[str, list]:
     """Name of each file -> its tensors, as `layout.tensors` gives them."""
     files, size = [[]], 0
     for tensor in tensors:
@@ -262,12 +276,20 @@ def _gatherer(params: Params, dtype: str):
     return gather
 
 
-def _write_index(folder: str, files: dict[str, list], itemsize: int) -> None:
+def write_index(folder: str, files: dict[str, list], itemsize: int) -> None:
     total = sum(int(np.prod(tensor[-1])) for tensors in files.values() for tensor in tensors) * itemsize
     names = {tensor[0]: name for name, tensors in files.items() for tensor in tensors}
-    _write_json(os.path.join(folder, INDEX), {"metadata": {"total_size": total}, "weight_map": names})
+    write_json(os.path.join(folder, INDEX), {"metadata": {"total_size": total}, "weight_map": names})
 
 
-def _write_json(path: str, value: dict) -> None:
+def write_tensors(path: str, tensors: dict) -> None:
+    """One safetensors file, which others may read as far as the umask says; the library's own may only be read by its owner."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
+def write_json(path: str, value: dict) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)

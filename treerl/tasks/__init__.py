@@ -8,9 +8,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from treerl.errors import UserError
-from treerl.tokenizers import CharTokenizer
+from treerl.tokenizers import CharTokenizer, TextTokenizer
 
-NAMES = ("countdown",)
+TEXT = ("addition", "reasoning_gym", "jsonl", "tfds")
+NAMES = ("countdown", *TEXT)
 
 
 class Encoded(NamedTuple):
@@ -21,6 +22,20 @@ class Encoded(NamedTuple):
     data: dict[str, np.ndarray]  # what the grader needs; the same shapes for every example
 
 
+class HostGraders(NamedTuple):
+    """Graders that run on the host; a reward is the weighted sum of their scores.
+
+    grade(tokens [n, S] int32, length [n], data: dict of [n, ...]) -> (scores [n, G] float32, fault [n] int8): numpy
+      throughout, `data` as `Task.encode` gives it. A fault (see `treerl.graders.FAULTS`) is 0 where all went well.
+    key(tokens [S], length) -> what an answer says, as text: answers with equal keys vote together.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    grade: Callable[[np.ndarray, np.ndarray, dict[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]
+    key: Callable[[np.ndarray, int], str]
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """Examples, prompt and grader of one task.
@@ -29,20 +44,29 @@ class Task:
     JAX; callers vmap it. `length` counts the answer's tokens, EOS included: a correct answer
     has its EOS at `tokens[length - 1]`, and what follows is not read.
 
+    A text task has `host` instead of `grade`: graders that run on the host, see `HostGraders`.
+
     `parse(text)` makes an example, without a reference answer, of a prompt that a user wrote as the
     model reads it; it raises ValueError, naming --prompt and the fix.
     """
 
-    tokenizer: CharTokenizer
+    tokenizer: CharTokenizer | TextTokenizer
     train: Sequence[dict[str, Any]]  # random access: len(train), train[i]
     heldout: Sequence[dict[str, Any]]  # shares no example with train
     encode: Callable[[dict[str, Any]], Encoded]
-    grade: Callable[[jax.Array, jax.Array, dict[str, jax.Array]], jax.Array]
+    grade: Callable[[jax.Array, jax.Array, dict[str, jax.Array]], jax.Array] | None
+    host: HostGraders | None = None
     parse: Callable[[str], dict[str, Any]] | None = None  # None: the task takes no prompts of users
 
 
-def make(config: ConfigDict, data_dir: str) -> Task:
+def make(
+    config: ConfigDict, data_dir: str, text: ConfigDict | None = None, tokenizer: CharTokenizer | TextTokenizer | None = None
+) -> Task:
     """Builds the task `config.name`, preparing its examples under data_dir once.
+
+    Args:
+      text: the section `text` of the config, which text tasks read. tokenizer: theirs, that of the model; None for one
+        token a character.
 
     Raises ValueError where the name is unknown or a field of the config cannot work.
     """
@@ -51,4 +75,10 @@ def make(config: ConfigDict, data_dir: str) -> Task:
         from treerl.tasks import countdown
 
         return countdown.make(config, data_dir)
+    if config.name in TEXT:
+        from treerl.tasks import text as texts
+
+        if text is None:
+            raise UserError(f"task.name={config.name!r} reads the section text of the config, and none was given; pass it on.")
+        return texts.make(config, text, data_dir, tokenizer)
     raise UserError(f"task.name={config.name!r} is unknown; known are {', '.join(NAMES)}.")
