@@ -15,8 +15,8 @@ each question), mean and 95% interval of the three; before: pass@1 27.9, pass@8 
     latr_depthwise (default)     89.2 +- 5.3  96.7 +- 6.3    89.3 +- 5.3  96.8 +- 6.2      101 to 104
     grpo                         88.8 +- 2.9  96.4 +- 1.5    88.1 +- 1.1  96.1 +- 0.5      146
 
-The two are the same within noise. Runs of grpo came first and compiled (50 s of their time); the others took some
-programs from the cache. smollm2_addition.svg has the curves. Sampler and learner differ in a token's log-prob by 0.013
+The two are the same within noise. Runs of grpo came first and compiled everything; the others took some programs from
+the cache. smollm2_addition.svg has the curves. Sampler and learner differ in a token's log-prob by 0.013
 nats in the mean at the first step and by 0.026 at most later; the largest difference of one token was 2.7.
 """
 from ml_collections import ConfigDict

@@ -5,8 +5,6 @@ Run as a program it takes steps on simulated devices, see `test_devices_do_not_c
 import contextlib
 import json
 import os
-import pathlib
-import subprocess
 import sys
 from unittest import mock
 
@@ -18,7 +16,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import sample_graders
-from sharding_test import quick_compiles
+from sharding_test import on_eight_devices, quick_compiles
 from treerl import functions, rewards, sharding
 from treerl import tree as T
 from treerl.config import default
@@ -27,7 +25,6 @@ from treerl.experiment import Experiment
 from treerl.graders import FAULTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:grader")
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 GRADERS = {"exact": 1.0, "sample_graders:lower": 0.5, "sample_graders:length": -0.01}
 MESHES = {"split": dict(data=4, fsdp=2), "callback": dict(data=2, fsdp=2, tensor=2)}
 STEPS = 3
@@ -115,14 +112,7 @@ def test_where_answers_are_graded_does_not_change_scores(runs):
 
 
 def test_devices_do_not_change_the_step(runs, tmp_path):
-    environment = dict(
-        os.environ,
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
-        JAX_PLATFORMS="cpu",
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-        PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    )
-    run = subprocess.run([sys.executable, __file__, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    run = on_eight_devices(__file__, tmp_path)
     assert run.returncode == 0, run.stderr[-4000:]
     wanted = flat(*runs["split"][1][0]), flat(*runs["split"][1][1])
     for how in MESHES:

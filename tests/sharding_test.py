@@ -158,13 +158,8 @@ def test_the_tiny_step_is_worth_testing(first):
     assert wanted["graded"].std() > 0.05
 
 
-def test_devices_do_not_change_the_step(first, tmp_path):
-    _, plain, _ = first
-    with quick_compiles(), with_trees():
-        tiny = Tiny(one_device(), **SURVIVAL)
-        state, metrics = tiny.step(tiny.state(), tiny.prompts(), tiny.knobs)
-        survivors = numbers(state, metrics)
-    assert metrics["pruned"] > 0.5 and metrics["quality_loss"] > 0
+def on_eight_devices(file: str, folder) -> subprocess.CompletedProcess:
+    """Runs a test file as a program, given a folder, on eight simulated devices."""
     environment = dict(
         os.environ,
         XLA_FLAGS="--xla_force_host_platform_device_count=8",
@@ -172,8 +167,17 @@ def test_devices_do_not_change_the_step(first, tmp_path):
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",
         PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     )
-    command = [sys.executable, __file__, str(tmp_path)]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, file, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_devices_do_not_change_the_step(first, tmp_path):
+    _, plain, _ = first
+    with quick_compiles(), with_trees():
+        tiny = Tiny(one_device(), **SURVIVAL)
+        state, metrics = tiny.step(tiny.state(), tiny.prompts(), tiny.knobs)
+        survivors = numbers(state, metrics)
+    assert metrics["pruned"] > 0.5 and metrics["quality_loss"] > 0
+    run = on_eight_devices(__file__, tmp_path)
     assert run.returncode == 0, run.stderr[-4000:]
     for name in [*MESHES, "survivors", "kernel"]:
         actual, wanted = np.load(tmp_path / f"{name}.npz"), survivors if name == "survivors" else plain
