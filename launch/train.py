@@ -33,18 +33,21 @@ def main():
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # where train() does not catch it: end at once, no traceback
     # After the flags: a wrong one must not cost the import of jax.
+    from treerl import processes
     from treerl.profiling import parse_span
-    from treerl.train import Interrupted, train
+    from treerl.supervision import AGAIN, Interrupted
+    from treerl.train import train
 
     profile = parse_span(_PROFILE.value, _CONFIG.value.steps)
     try:
         summary = train(_CONFIG.value, _WORKDIR.value, profile=profile)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
-        sys.exit(75)  # EX_TEMPFAIL: try again
-    print(json.dumps(summary))
-    print(f"report: {_WORKDIR.value}/report.html", file=sys.stderr)
+        sys.exit(AGAIN)
+    if processes.is_first():
+        print(json.dumps(summary))
+        print(f"report: {_WORKDIR.value}/report.html", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    entry.run(main, together=True)

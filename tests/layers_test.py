@@ -12,17 +12,18 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # A module imports from rows above its own, never from its own; a package may import inside itself.
 ROWS = [
     {"errors"},
-    {"types", "masked", "config", "sharding", "tokenizers", "graders"},
-    {"tree", "attention", "optimizer", "checkpoint", "tasks", "workdir"},
+    {"types", "masked", "config", "sharding", "tokenizers", "graders", "processes"},
+    {"tree", "attention", "optimizer", "checkpoint", "tasks", "workdir", "supervision"},
     {"models", "prompts", "branching", "pruning", "survival", "compaction", "nucleus"},
     {"sampler", "rewards", "advantages", "thinning", "packing", "losses", "metrics", "events", "profiling", "draw", "report"},
     {"functions", "learner", "evaluate"},
     {"step"},
     {"experiment"},
-    {"train", "bench"},
+    {"warm_start", "bench"},
+    {"train"},
 ]
 ROW_OF = {unit: number for number, row in enumerate(ROWS) for unit in row}
-READS_CONFIG = {"config", "workdir", "functions", "experiment", "train", "bench"}
+READS_CONFIG = {"config", "workdir", "functions", "experiment", "warm_start", "train", "bench"}
 TOP_LEVEL = {"setup.py", "README.md", "LICENSE", "treerl", "experiments", "launch", "notebooks", "tests"}
 FORBIDDEN = ("tensorflow", "torch")
 
@@ -134,7 +135,7 @@ def test_only_the_rooms_named_above_read_the_config():
         ("tree.py", "def f():\n    import treerl.step", "treerl.tree:2: imports treerl.step of row 6"),
         ("losses.py", "from . import packing", "treerl.losses:1: imports treerl.packing of row 4"),
         ("models/a.py", "from ..models import b\nfrom .. import prompts", "treerl.models.a:2: imports treerl.prompts of row 3"),
-        ("experiment.py", "from treerl.train import train", "treerl.experiment:1: imports treerl.train of row 8"),
+        ("experiment.py", "from treerl.train import train", "treerl.experiment:1: imports treerl.train of row 9"),
         ("novel.py", "", "treerl.novel: is in no row; add it to DESIGN's rows and to this test"),
         ("novel/inner.py", "", "treerl.novel.inner: is in no row; add it to DESIGN's rows and to this test"),
         ("step.py", "from treerl import novel", "treerl.step:1: imports treerl.novel, which is in no row"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from treerl import prompts as P
+from treerl import sharding
 from treerl.tasks import Encoded, Task
 from treerl.tokenizers import CharTokenizer
 
@@ -27,7 +28,7 @@ TASK = Task(tokenizer=TOKENIZER, train=[], heldout=[], encode=encode, grade=lamb
 def drawn(stream, position, count) -> list:
     examples, positions = stream.examples(position, count)
     np.testing.assert_array_equal(positions, np.arange(position, position + count))
-    return examples
+    return list(examples)
 
 
 def test_each_pass_is_a_new_permutation():
@@ -109,9 +110,9 @@ def test_too_long_an_answer():
     )
 
 
-def test_to_device_keeps_values_and_places_them():
+def test_place_keeps_values_and_places_them():
     target = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     prompts = P.encode(TASK, EXAMPLES, np.arange(3), width=6)
-    placed = P.to_device(prompts, target)
+    placed = sharding.place(prompts, target)
     assert all(isinstance(x, jax.Array) and x.sharding == target for x in jax.tree.leaves(placed))
     jax.tree.map(np.testing.assert_array_equal, placed, prompts)

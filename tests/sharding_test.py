@@ -99,7 +99,7 @@ class Tiny:
     def prompts(self, start=1):
         """Eight prompts, one a simulated device. (From 1 on, the first has not the most bins.)"""
         index = np.arange(start, start + 8)
-        return P.to_device(P.encode(self.task, [self.task.train[i] for i in index], index, self.width), self.trees)
+        return sharding.place(P.encode(self.task, [self.task.train[i] for i in index], index, self.width), self.trees)
 
 
 def with_trees():

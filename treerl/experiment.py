@@ -46,7 +46,7 @@ class Experiment:
         tokenizer = TextTokenizer(self.folder) if self.folder else None
         self.task = tasks.make(config.task, data_dir, config.text, tokenizer)
         self.fns = S.make_fns(config, self.task, self.mesh, folder=self.folder)
-        self.knobs = jax.device_put(S.make_knobs(config, self.task), sharding.replicated(self.mesh))
+        self.knobs = sharding.place(S.make_knobs(config, self.task), sharding.replicated(self.mesh))
         trees, whole = sharding.trees(self.mesh), sharding.replicated(self.mesh)
         self.trees = trees
         self.shardings = shardings = S.state_shardings(self.fns)
@@ -91,8 +91,10 @@ class Experiment:
         ]
 
     def prompts(self, examples, index):
-        """Examples as prompts on the mesh."""
-        return P.to_device(P.encode(self.task, examples, index, self.config.sampler.prompt_length), self.trees)
+        """Examples as prompts on the mesh; each process reads and encodes those of its own devices."""
+        rows = sharding.own_rows(self.trees, len(index))
+        own = P.encode(self.task, [examples[i] for i in rows.tolist()], index[rows], self.config.sampler.prompt_length)
+        return sharding.place(own, self.trees, rows, len(index))
 
     def stream(self) -> P.Stream:
         """The training examples of this seed."""
@@ -117,12 +119,19 @@ class Experiment:
             return rewards.between(self.fns.host, *self._answers(tree), prompts.data)
         return self._grade(tree, prompts)
 
-    def train_step(self, state, prompts, knobs):
-        """`step.train_step`, as one program, or as two with the host's graders between them; the state is donated."""
+    def train_step(self, state, prompts, knobs, check=lambda: None):
+        """`step.train_step`, as one program, or as two with the host's graders between them; the state is donated.
+
+        Args:
+          check: called before and after the host grades; what it raises leaves the state as it was.
+        """
         if not self._split:
             return self._whole_step(state, prompts, knobs)
         sampled = self._sample_half(state, prompts, knobs)
-        return self._learn_half(state, prompts, sampled, self.grade(sampled.tree, prompts), knobs)
+        check()
+        graded = self.grade(sampled.tree, prompts)
+        check()
+        return self._learn_half(state, prompts, sampled, graded, knobs)
 
     def compile_step(self, state, prompts) -> profiling.Memory:
         """Compiles the training step for arguments like these, so that calls run what was compiled; the memory it takes.
@@ -162,8 +171,11 @@ class Experiment:
         ]
 
     @profiling.out_of_memory("lower evaluation.batch or evaluation.samples, or set sampler.pool_dtype=bfloat16.")
-    def evaluate(self, state, seed: int = 0) -> dict:
+    def evaluate(self, state, seed: int = 0, check=lambda: None) -> dict:
         """Scores on held-out examples, from n samples of each.
+
+        Args:
+          check: called between batches; what it raises ends the evaluation.
 
         Returns:
           pass@k, unbiased, for k = 1, 2, 4, ... up to n; majority@n, the share of examples whose most frequent answer
@@ -179,6 +191,7 @@ class Experiment:
 
         gathered, waiting = [], None
         for batch in self._heldout:  # the host grades one while the device samples the next
+            check()
             sampled = batch, *self._evaluate(state.params, state.quality, batch, key, self.knobs)
             gathered += [scores_of(*waiting)] if waiting else []
             waiting = sampled
@@ -209,7 +222,8 @@ class Experiment:
         sampled = self._grow(state, prompts, jax.random.key(seed), jnp.int32(step), self.knobs)
         graded = self.grade(sampled.tree, prompts)
         found = self._credit(state, prompts, sampled, graded, self.knobs)
-        tree, reward, advantage, stats = jax.device_get((sampled.tree, graded.reward, found, sampled.stats))
+        every = self._gather((sampled.tree, graded.reward, found, sampled.stats))
+        tree, reward, advantage, stats = jax.device_get(every)
         return jax.tree.map(lambda x: x[: len(examples)], Grown(tree, reward, advantage, stats.forks, stats.pruned))
 
     def export(self, state, folder: str, *, dtype: str | None = None) -> None:

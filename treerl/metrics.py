@@ -76,7 +76,12 @@ class MetricsFile(LinesFile):
         """
         if "step" in values:
             raise ValueError('metric "step" is the line\'s own number; rename the metric.')
-        self.append({"step": int(step)} | {name: _scalar(name, value) for name, value in values.items()})
+        self.append({"step": int(step)} | plain(values))
+
+
+def plain(values: dict) -> dict:
+    """Scalars of any kind as `MetricsFile.write` writes them: Python numbers, None where not finite."""
+    return {name: _scalar(name, value) for name, value in values.items()}
 
 
 def read(path) -> list[dict]:

@@ -1,6 +1,7 @@
 """Examples to prompts: a deterministic stream that resumes at any position."""
+from collections.abc import Sequence
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from treerl.errors import UserError
@@ -39,19 +40,28 @@ class Stream:
         self._data, self._seed = data, seed
         self._pass, self._order = None, None
 
-    def examples(self, position: int, count: int) -> tuple[list[dict], np.ndarray]:
-        """Examples position .. position + count of the stream, and those positions."""
+    def examples(self, position: int, count: int) -> tuple[Sequence[dict], np.ndarray]:
+        """Examples position .. position + count of the stream, each read when it is asked for, and those positions."""
         positions = np.arange(position, position + count)
-        return [self._data[int(self._where(p))] for p in positions], positions
+        return Examples(self, positions), positions
 
-    def _where(self, position: int) -> int:
+    def example(self, position: int) -> dict:
+        """The example at a position of the stream."""
         number, offset = divmod(position, len(self._data))
         if number != self._pass:
             self._pass = number
             self._order = np.random.default_rng([self._seed, number]).permutation(len(self._data))
-        return self._order[offset]
+        return self._data[int(self._order[offset])]
 
 
-def to_device(tree, sharding):
-    """Puts a pytree of host arrays onto the mesh."""
-    return jax.tree.map(lambda x: jax.device_put(jnp.asarray(x), sharding), tree)
+class Examples(Sequence):
+    """Some examples of a stream."""
+
+    def __init__(self, stream, positions: np.ndarray):
+        self._stream, self._positions = stream, positions
+
+    def __len__(self):
+        return len(self._positions)
+
+    def __getitem__(self, i: int) -> dict:
+        return self._stream.example(int(self._positions[i]))

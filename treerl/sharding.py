@@ -91,3 +91,32 @@ def trees(mesh: Mesh) -> NamedSharding:
 def tree_shards(mesh: Mesh) -> int:
     """Number of parts that a batch of trees is cut into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def own_rows(where: NamedSharding, count: int) -> np.ndarray:
+    """Rows of a first axis of size `count` that this process's devices hold, ascending."""
+    cuts = where.addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([np.arange(count)[cut[0]] for cut in cuts]))
+
+
+def place(tree, where: NamedSharding, rows: np.ndarray | None = None, count: int | None = None):
+    """Puts a pytree of host arrays onto the mesh, in each process the parts of its own devices.
+
+    Args:
+      rows: the arrays hold these rows, see `own_rows`, of `count` in all; None: they hold everything.
+    """
+
+    def one(x):
+        x = np.asarray(x)
+        x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
+        if rows is None:
+            return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+        first = {number: i for i, number in enumerate(rows.tolist())}
+
+        def part(index):
+            cut = range(count)[index[0]]
+            return x[first[cut[0]] :][: len(cut)]
+
+        return jax.make_array_from_callback((count, *x.shape[1:]), where, part)
+
+    return jax.tree.map(one, tree)

@@ -17,7 +17,7 @@ def claim(workdir: str, config: ConfigDict) -> None:
     Raises:
       UserError: the workdir belongs to another experiment; names the first field that differs.
     """
-    if not os.path.exists(os.path.join(workdir, "config.json")):
+    if not has_config(workdir):
         return
     old, new = dict(fields(read_config(workdir))), dict(fields(json.loads(config.to_json_best_effort())))
     free = ("mesh.", "data_dir", "learner.max_skipped", "samples_every", "text.workers", "text.grading")
@@ -28,6 +28,11 @@ def claim(workdir: str, config: ConfigDict) -> None:
                 f"workdir={workdir} belongs to a run with {name}={old.get(name)!r}, not {new.get(name)!r}; "
                 "give another --workdir, or the same config."
             )
+
+
+def has_config(workdir: str) -> bool:
+    """Whether a run has claimed this folder."""
+    return os.path.exists(os.path.join(workdir, "config.json"))
 
 
 def read_config(workdir: str) -> dict:
