@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -320,28 +321,63 @@ def test_a_signal_saves_the_step_under_way(runs):
         log = (folder / "signals.log").read_text()
         assert (run.returncode, output) == (75, ""), log
         assert before <= done < STEPS and "Traceback" not in log
-        assert log.splitlines()[-1] == (
-            f"{number.name}: stopped after step {done} of {STEPS}; {workdir}/checkpoints/latest holds step {done}, "
-            "and the same command goes on from there."
-        )
+        saved = f"stopped after step {done} of {STEPS}; {workdir}/checkpoints holds step {done}, and the same command goes on from there."
+        compiling = f"stopped before step {done + 1} of {STEPS}, nothing is lost; the same command goes on from there."
+        assert log.splitlines()[-1] in (f"{number.name}: {saved}", f"{number.name}: {compiling}" if done == before else "")
         assert [p.name for p in (workdir / "checkpoints/latest").iterdir()] == [str(done)]
         assert story(workdir) == story(folder / "whole")[:done]
         before = done
 
 
-def test_a_signal_in_the_warm_start_saves_nothing_and_a_second_one_ends_at_once(runs):
-    folder = runs["folder"]
-    run = start(folder, "early")
-    wait_until(run, lambda: "warm start:" in (folder / "early.log").read_text())
-    run.send_signal(signal.SIGINT)
-    output, _ = run.communicate()
-    log = (folder / "early.log").read_text()
-    assert (run.returncode, output) == (75, ""), log
-    assert "Traceback" not in log and not steps_written(folder / "early/metrics.jsonl")
-    assert log.splitlines()[-1] == (
-        "SIGINT: stopped in the warm start, of which nothing is saved; the same command starts it again, "
-        "with the same numbers."
+def test_a_signal_cuts_an_evaluation_short(runs):
+    """The step before it is saved, and the next process evaluates it: its line is the same and is there once."""
+    folder, workdir = runs["folder"], runs["folder"] / "short"
+    output, _ = start(folder, "short", main=("-c", SIGNAL_IN_EVALUATION), checkpoint_every=100).communicate()
+    log = (folder / "short.log").read_text()
+    assert output == "" and log.splitlines()[-1] == (
+        f"SIGTERM: stopped after step 6 of {STEPS}; {workdir}/checkpoints holds step 6, and the same command goes on from there."
     )
+    assert [line["step"] for line in story(workdir)] == [1, 2, 3, 4, 5]
+    finish(start(folder, "short", checkpoint_every=100), folder / "short.log")
+    assert story(workdir) == story(folder / "whole")
+
+
+SIGNAL_IN_EVALUATION = """
+import os, signal
+from treerl.experiment import Experiment
+evaluate = Experiment.evaluate
+def interrupted(self, state, **more):
+    if int(state.step) == 6:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return evaluate(self, state, **more)
+Experiment.evaluate = interrupted
+from launch import entry, train
+entry.run(train.main)
+"""
+
+
+def test_a_warm_start_goes_on_after_a_signal(runs):
+    """With the same numbers as one that was left alone."""
+    folder, log = runs["folder"], runs["folder"] / "early.log"
+    reached = (lambda: "warm start:" in log.read_text(), lambda: list((folder / "early").glob("warm_start/**/40")))
+    for happened, number in zip(reached, (signal.SIGINT, signal.SIGTERM)):
+        run = start(folder, "early")
+        wait_until(run, happened)
+        run.send_signal(number)
+        output, _ = run.communicate()
+        assert (run.returncode, output) == (75, ""), log.read_text()
+        assert "Traceback" not in log.read_text() and not steps_written(folder / "early/metrics.jsonl")
+        assert re.fullmatch(
+            f"{number.name}: stopped in the warm start after update [0-9]+, which is saved; the same command goes on from "
+            "there.", log.read_text().splitlines()[-1],
+        )  # fmt: skip
+    assert finish(start(folder, "early"), log) | {"train_seconds": 0} == runs["whole"] | {"train_seconds": 0}
+    assert story(folder / "early") == story(folder / "whole")
+    assert not (folder / "early" / "warm_start").exists()
+
+
+def test_a_second_signal_ends_at_once(runs):
+    folder = runs["folder"]
     run = start(folder, "twice")
     wait_until(run, lambda: "warm start:" in (folder / "twice.log").read_text())
     run.send_signal(signal.SIGINT)
@@ -387,7 +423,7 @@ def test_updates_that_are_not_finite_are_skipped_and_then_end_the_run(runs):
     assert log.splitlines()[-1] == (
         "step 8: loss or gradient was not finite in 3 updates in a row, more than learner.max_skipped=2; look at "
         f"loss and grad_norm in {workdir}/metrics.jsonl (null: not finite), then lower optimizer.learning_rate in "
-        "another --workdir, or raise learner.max_skipped to go on from step 5, saved before them in checkpoints/latest."
+        "another --workdir, or raise learner.max_skipped to go on from step 5, saved before them in checkpoints."
     )
     assert "Traceback" not in log
     lines = story(workdir)

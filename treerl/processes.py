@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -95,6 +96,8 @@ def stop_hard(status: int) -> None:
     """Ends this process without the goodbyes of a normal exit, in which it waits for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
+    if is_first():
+        time.sleep(1)  # JAX ends the others with it; those that met the same error say so first
     os._exit(status)
 
 
@@ -151,5 +154,5 @@ def check_same(values: dict) -> None:
             if first.get(name) != other.get(name):
                 raise UserError(
                     f"process {number} was started with {name}={other.get(name)!r}, process 0 with "
-                    f"{first.get(name)!r}; start all of them with the same command and files."
+                    f"{name}={first.get(name)!r}; start all of them with the same command and files."
                 )

@@ -89,7 +89,8 @@ def warm_start(experiment: Experiment, workdir: str, progress: bool, signals: Si
             extra = dict(curve=curve, losses=known, top=top, since=since)
             checkpoints.save(number, dict(state=state, best=best), extra=extra)
 
-        bar = tqdm(range(start + 1, config.steps + 1), desc="warm start", disable=not progress)
+        count = dict(initial=start, total=config.steps)
+        bar = tqdm(range(start + 1, config.steps + 1), desc="warm start", disable=not progress, **count)
         for number in bar:
             if since >= config.patience:
                 break
