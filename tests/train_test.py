@@ -359,7 +359,7 @@ entry.run(train.main)
 def test_a_warm_start_goes_on_after_a_signal(runs):
     """With the same numbers as one that was left alone."""
     folder, log = runs["folder"], runs["folder"] / "early.log"
-    reached = (lambda: "warm start:" in log.read_text(), lambda: list((folder / "early").glob("warm_start/**/40")))
+    reached = (lambda: "warm start:" in log.read_text(), lambda: list((folder / "early").glob("warm_start/**/40*")))
     for happened, number in zip(reached, (signal.SIGINT, signal.SIGTERM)):
         run = start(folder, "early")
         wait_until(run, happened)
