@@ -3,6 +3,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import chex
 import jax
@@ -11,7 +12,9 @@ import numpy as np
 import optax
 import pytest
 
+from treerl import checkpoint
 from treerl.checkpoint import Checkpoints, abstract
+from treerl.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -60,8 +63,8 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, as_numpy(a), as_numpy(b))
 
 
-def steps_on_disk(workdir, kind):
-    return sorted(os.listdir(workdir / "checkpoints" / kind))
+def steps_on_disk(workdir):
+    return sorted(os.listdir(workdir / "checkpoints"))
 
 
 def test_nothing_saved_restores_none(tmp_path):
@@ -93,65 +96,78 @@ def test_keeps_the_latest_and_the_best(tmp_path):
             checkpoints.save(step, make_state(step), extra={"step": step}, metric=metric)
         assert checkpoints.restore_latest(like)[0] == 6
         assert checkpoints.restore_best(like)[0] == 2  # 5 ties; the older one stays.
-    assert steps_on_disk(tmp_path, "latest") == ["6"]
-    assert steps_on_disk(tmp_path, "best") == ["2"]
+    assert steps_on_disk(tmp_path) == ["2", "6"]
     with Checkpoints(tmp_path) as checkpoints:  # The high survives a restart.
         assert checkpoints.best_metric == 0.9
         checkpoints.save(7, make_state(7), extra={}, metric=0.8)
+        assert checkpoints.restore_best(like)[0] == 2
         checkpoints.save(8, make_state(8), extra={}, metric=0.95)
-        assert_same(checkpoints.restore_best(like)[1], make_state(8))
-    assert steps_on_disk(tmp_path, "best") == ["8"]
+        step, state, extra = checkpoints.restore_best(like)
+        assert (step, extra, checkpoints.best_metric) == (8, {}, 0.95)
+        assert_same(state, make_state(8))
+    assert steps_on_disk(tmp_path) == ["8"]
+
+
+def test_keeps_as_many_as_asked(tmp_path):
+    """The last two, every fourth, and the best."""
+    with Checkpoints(tmp_path, keep=2, keep_every=4) as checkpoints:
+        for step in range(1, 11):
+            checkpoints.save(step, make_state(step), extra={}, metric=float(step == 3))
+            checkpoints.wait()
+    assert sorted(map(int, steps_on_disk(tmp_path))) == [3, 4, 8, 9, 10]
 
 
 def test_a_metric_may_come_after_the_save(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, make_state(1), extra={})
+        checkpoints.save(1, make_state(1), extra={"first": 1})
         checkpoints.save(1, make_state(1), extra={}, metric=0.5)
         checkpoints.save(1, make_state(1), extra={}, metric=0.6)
         assert checkpoints.best_metric == 0.6
-    assert steps_on_disk(tmp_path, "latest") == steps_on_disk(tmp_path, "best") == ["1"]
+        assert checkpoints.restore_best(abstract(make_state(0)))[::2] == (1, {"first": 1})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert (checkpoints.best_step, checkpoints.best_metric) == (1, 0.6)
+    assert steps_on_disk(tmp_path) == ["1"]
 
 
-def test_best_ahead_of_latest_after_an_interruption(tmp_path):
-    """Killed after the best of step 5 was written and before its latest was."""
+def test_a_metric_whose_checkpoint_was_never_finished_is_forgotten(tmp_path):
+    """Killed between the two: the step is done again, and may be worth another number in another run."""
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(4, make_state(4), extra={}, metric=0.1)
-    with Checkpoints(tmp_path / "other") as checkpoints:
-        checkpoints.save(5, make_state(5), extra={}, metric=0.5)
-    shutil.rmtree(tmp_path / "checkpoints/best")
-    shutil.move(tmp_path / "other/checkpoints/best", tmp_path / "checkpoints/best")
+    known = tmp_path / "checkpoints.json"
+    known.write_text(known.read_text().replace("}", ', "6": 0.7}'))
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore_latest(abstract(make_state(0)))[0] == 4
-        for step, metric in [(5, 0.5), (6, 0.4), (7, 0.6)]:
-            checkpoints.save(step, make_state(step), extra={}, metric=metric)
-            checkpoints.wait()
-            best = {5: 5, 6: 5, 7: 7}[step]
-            assert steps_on_disk(tmp_path, "best") == [str(best)]
-    with Checkpoints(tmp_path / "lower") as checkpoints:  # A new high below the best's step.
-        checkpoints.save(9, make_state(9), extra={}, metric=0.1)
-    shutil.rmtree(tmp_path / "lower/checkpoints/latest")
-    with Checkpoints(tmp_path / "lower") as checkpoints:
-        checkpoints.save(8, make_state(8), extra={}, metric=0.2)
-    assert steps_on_disk(tmp_path / "lower", "best") == ["8"]
+        assert (checkpoints.best_step, checkpoints.best_metric) == (4, 0.1)
+        checkpoints.save(5, make_state(5), extra={}, metric=0.3)
+        checkpoints.save(6, make_state(6), extra={})
+        assert (checkpoints.best_step, checkpoints.best_metric) == (5, 0.3)
+    assert steps_on_disk(tmp_path) == ["5", "6"]
 
 
-def test_a_best_that_was_cut_short_is_saved_when_the_latest_is_restored(tmp_path):
-    """Killed after the latest of step 5, a new high, was written and before its best was."""
+def test_metrics_that_are_damaged(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(4, make_state(4), extra={}, metric=0.1)
-        checkpoints.wait()
-        shutil.copytree(tmp_path / "checkpoints/best", tmp_path / "best")
-        checkpoints.save(5, make_state(5), extra={"x": 1}, metric=0.5)
-    shutil.rmtree(tmp_path / "checkpoints/best")
-    shutil.move(tmp_path / "best", tmp_path / "checkpoints/best")
-    like = abstract(make_state(0))
-    with Checkpoints(tmp_path, read_only=True) as checkpoints:
-        assert checkpoints.restore_latest(like)[0] == 5 and checkpoints.restore_best(like)[0] == 4
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore_latest(like)[::2] == (5, {"x": 1})
-        step, state, extra = checkpoints.restore_best(like)
-        assert (step, extra, checkpoints.best_metric) == (5, {"x": 1}, 0.5)
-        assert_same(state, make_state(5))
+    (tmp_path / "checkpoints.json").write_text("{")
+    with pytest.raises(UserError) as error:
+        Checkpoints(tmp_path)
+    assert str(error.value) == (
+        f"checkpoint {tmp_path}/checkpoints.json is damaged; delete it to go on without a best checkpoint."
+    )
+
+
+def test_other_formats_are_one_sentence(tmp_path):
+    (tmp_path / "old" / "checkpoints" / "latest").mkdir(parents=True)
+    with pytest.raises(UserError) as error:
+        Checkpoints(tmp_path / "old")
+    assert str(error.value) == (
+        f"{tmp_path}/old/checkpoints was written by an older treerl (format 1 of 2); go on with that one, or use a new workdir."
+    )
+    with mock.patch.object(checkpoint, "VERSION", 3), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(1), extra={})
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError) as error:
+        checkpoints.restore_latest(abstract(make_state(0)))
+    assert str(error.value) == (
+        f"checkpoint {tmp_path}/checkpoints/1 has format 3 and this treerl reads up to 2; update treerl, or use a new workdir."
+    )
 
 
 def test_state_may_be_donated_right_after_save(tmp_path):
@@ -171,7 +187,7 @@ def test_going_back_and_read_only_are_errors(tmp_path):
         checkpoints.save(5, make_state(5), extra={})
         with pytest.raises(ValueError, match="step 4 lies before the latest checkpoint, 5"):
             checkpoints.save(4, make_state(4), extra={})
-    leftover = tmp_path / "checkpoints/latest/6.orbax-checkpoint-tmp"
+    leftover = tmp_path / "checkpoints/6.orbax-checkpoint-tmp"
     leftover.mkdir()
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.restore_latest(abstract(make_state(0)))[0] == 5
@@ -191,14 +207,14 @@ def test_what_cannot_be_saved_is_an_error(tmp_path):
             checkpoints.save(1, {"a": jnp.ones(2)}, extra={"x": np.ones(2)})
         with pytest.raises(ValueError, match="share the path 'a/b'"):
             checkpoints.save(1, {"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(2)}, extra={})
-    assert steps_on_disk(tmp_path, "latest") == []
+    assert steps_on_disk(tmp_path) == []
 
 
 def test_a_checkpoint_that_does_not_fit_names_the_first_path(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(1), extra={})
         other = abstract(make_state(0, width=16))
-        expected = r"latest/1 has float32\[8, 4\] at '.*block_0/kernel' where the state has"
+        expected = r"checkpoints/1 has float32\[8, 4\] at '.*block_0/kernel' where the state has"
         with pytest.raises(ValueError, match=expected + r" float32\[16, 4\]"):
             checkpoints.restore_latest(other)
         like = abstract(make_state(0))
@@ -255,10 +271,10 @@ def test_kill_in_the_middle_of_writing(tmp_path, delay):
             step, state, extra = restore(like)
             assert step >= 2 and extra == {"step": step} and state["step"] == step
             np.testing.assert_array_equal(state["x"], np.full((1500, 1500), step, np.float32))
-        assert checkpoints.best_metric == checkpoints.restore_best(like)[0]
+        assert checkpoints.best_metric == checkpoints.best_step
         checkpoints.save(5000, {"x": jnp.zeros((1500, 1500)), "step": jnp.int32(5000)}, extra={},
                          metric=5000.0)  # fmt: skip
-    assert steps_on_disk(tmp_path, "latest") == steps_on_disk(tmp_path, "best") == ["5000"]
+    assert steps_on_disk(tmp_path) == ["5000"]
 
 
 def folder_and_copy(tmp_path):
@@ -285,22 +301,19 @@ def damage(folder):
 @pytest.mark.parametrize("left", ["{}.orbax-checkpoint-tmp", "{}.orbax-checkpoint-tmp-1754000000"])
 def test_half_written_folders_are_ignored_and_removed(tmp_path, left):
     folder, copy = folder_and_copy(tmp_path)
-    for kind in ("latest", "best"):
-        shutil.copytree(copy / kind / "1", folder / kind / left.format(3))
+    shutil.copytree(copy / "1", folder / left.format(3))
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step == 2 and checkpoints.best_metric == 2.0
         assert_same(checkpoints.restore_latest(abstract(make_state(0)))[1], make_state(2))
         checkpoints.save(3, make_state(3), extra={}, metric=3.0)
-    assert steps_on_disk(tmp_path, "latest") == steps_on_disk(tmp_path, "best") == ["3"]
+    assert steps_on_disk(tmp_path) == ["3"]
 
 
 def test_half_deleted_folders_do_no_harm(tmp_path):
     """Killed while the old checkpoint, behind a finished new one, was being deleted."""
     folder, copy = folder_and_copy(tmp_path)
-    for kind in ("latest", "best"):
-        shutil.move(copy / kind / "1", folder / kind / "1")
-    states = zip(damage(folder / "latest/1"), damage(folder / "best/1"), strict=False)
-    for i, _ in enumerate(states):
+    shutil.move(copy / "1", folder / "1")
+    for i, _ in enumerate(damage(folder / "1")):
         if i % 4:  # Each opening takes a while; every fourth state is enough.
             continue
         with Checkpoints(tmp_path) as checkpoints:
@@ -308,7 +321,7 @@ def test_half_deleted_folders_do_no_harm(tmp_path):
             assert_same(checkpoints.restore_best(abstract(make_state(0)))[1], make_state(2))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, make_state(3), extra={}, metric=3.0)
-    assert steps_on_disk(tmp_path, "latest") == steps_on_disk(tmp_path, "best") == ["3"]
+    assert steps_on_disk(tmp_path) == ["3"]
 
 
 RESHARDED = """

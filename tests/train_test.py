@@ -94,7 +94,7 @@ def steps_written(path: pathlib.Path) -> int:
 
 def half_written(workdir: pathlib.Path) -> list[str]:
     """Orbax's temporary folders: checkpoints that are being written, or were when the run was killed."""
-    return sorted(path.name for path in workdir.glob("checkpoints/*/*tmp*"))
+    return sorted(path.name for path in workdir.glob("checkpoints/*tmp*"))
 
 
 def wait_until(run: subprocess.Popen, happened) -> None:
@@ -281,7 +281,9 @@ def test_report(runs):
 
 def test_only_what_the_design_names_is_written(runs):
     names = {p.name for p in (runs["folder"] / "killed").iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "report.html"}
+    assert names == {
+        "config.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "checkpoints.json", "report.html",
+    }  # fmt: skip
     assert not list((runs["folder"] / "killed").rglob("*tmp*"))
 
 
@@ -324,7 +326,7 @@ def test_a_signal_saves_the_step_under_way(runs):
         saved = f"stopped after step {done} of {STEPS}; {workdir}/checkpoints holds step {done}, and the same command goes on from there."
         compiling = f"stopped before step {done + 1} of {STEPS}, nothing is lost; the same command goes on from there."
         assert log.splitlines()[-1] in (f"{number.name}: {saved}", f"{number.name}: {compiling}" if done == before else "")
-        assert [p.name for p in (workdir / "checkpoints/latest").iterdir()] == [str(done)]
+        assert str(done) in {p.name for p in (workdir / "checkpoints").iterdir()}
         assert story(workdir) == story(folder / "whole")[:done]
         before = done
 

@@ -1,7 +1,7 @@
-"""Checkpoints of the whole train state with Orbax: the latest one and the best one.
+"""Checkpoints of the whole train state with Orbax, written in the background.
 
-    workdir/checkpoints/latest/<step>   to go on from after an interruption
-    workdir/checkpoints/best/<step>     the highest metric so far
+    workdir/checkpoints/<step>     the newest, the best so far, and others on request
+    workdir/checkpoints.json       the metric of each
 
 A state is stored as a flat {path: array}, so what is on disk does not depend on
 the Python classes that held it, and beside it a small JSON record of every
@@ -18,57 +18,75 @@ import os
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
+from treerl import processes
 from treerl.errors import UserError
 
 FORGET = "delete it to go on without a best checkpoint"
+VERSION = 2  # of what lies in a checkpoint; 1 had folders latest and best
 
 
 class Checkpoints:
     """Saves train states under `workdir` and restores them, onto any mesh.
 
-    Writing happens in the background: `save` returns once the arrays are copied,
-    so the state may be donated at once. Call `wait` or `close`, or use the object
-    as a context manager, before the process ends. With several processes all of
-    them call every method, with equal steps and metrics.
+    `save` returns once the arrays are copied, so the state may be donated at once; the rest happens in the
+    background. Call `wait` or `close`, or use the object as a context manager, before the process ends. With several
+    processes all of them call every method, with equal steps and metrics.
 
     Args:
-      workdir: folder of the run; created if missing, unless read_only.
+      workdir: folder of the run, also gs://; created if missing, unless read_only.
       read_only: look at the checkpoints of a run that may still be going: leaves
         its temporary folders alone, and `save` raises.
+      keep: how many of the newest stay. The best stays besides.
+      keep_every: steps divisible by it stay for ever; 0: none do.
     """
 
-    def __init__(self, workdir, *, read_only: bool = False):
+    def __init__(self, workdir, *, read_only: bool = False, keep: int = 1, keep_every: int = 0):
         root = str(workdir)
         if "://" not in root:
             root = os.path.abspath(root)
-        self._read_only = read_only
-        self._latest = _manager(f"{root}/checkpoints/latest", read_only)
-        with _undamaged(f"{root}/checkpoints/best", FORGET):
-            self._best = _manager(f"{root}/checkpoints/best", read_only, best_fn=lambda metrics: metrics["metric"])
-        self._best_metric = _best_metric(self._best)
+        self._read_only, self._keep, self._keep_every = read_only, keep, keep_every
+        folder, self._known = epath.Path(f"{root}/checkpoints"), epath.Path(f"{root}/checkpoints.json")
+        if (folder / "latest").exists():
+            raise UserError(f"{folder} was written by an older treerl (format 1 of {VERSION}); go on with that one, or use a new workdir.")
+        self._metrics = self._read_metrics()
+        self._manager = ocp.CheckpointManager(
+            folder,
+            item_names=("state", "record"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self,
+                read_only=read_only,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
+            ),
+        )
 
     @property
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint; None without one."""
-        return self._latest.latest_step()
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the checkpoint with the highest metric, the older of equals; None without one."""
+        return self._best(self._manager.all_steps())
 
     @property
     def best_metric(self) -> float | None:
         """Metric of the best checkpoint; None without one."""
-        return self._best_metric
+        return self._metrics.get(self.best_step)
 
     def save(self, step: int, state, *, extra: dict, metric: float | None = None) -> None:
-        """Saves `state` as the latest checkpoint, and as the best if `metric` is a new high.
+        """Saves `state`, in the background.
 
-        A step names one state: a second save of the latest step writes nothing to
-        `latest` (it may still become the best, when its metric came later).
+        A step names one state: a second save of the latest step writes its metric alone, if that came later.
 
         Args:
           step: number of finished steps, at least the latest saved one.
           state: pytree of arrays.
           extra: anything JSON can hold, such as the data position.
-          metric: higher is better; ties keep the older one; None or nan is no candidate.
+          metric: higher is better; ties keep the older one; None or nan is no candidate for the best.
 
         Raises:
           ValueError: the step lies before the latest, or the object is read_only.
@@ -82,32 +100,24 @@ class Checkpoints:
         if latest is not None and step < latest:
             raise ValueError(
                 f"step {step} lies before the latest checkpoint, {latest}, in "
-                f"{self._latest.directory}; continue from that one or use a new workdir."
+                f"{self._manager.directory}; continue from that one or use a new workdir."
             )
         arrays = _flatten(state)
         record = {
+            "version": VERSION,
             "extra": _as_json(extra),
-            "metric": None if metric is None else float(metric),
             "leaves": {path: _describe(x) for path, x in arrays.items()},
         }
+        if metric is not None and not math.isnan(metric):
+            self._write_metric(step, float(metric))
+        if step == latest:
+            return
         # Orbax refuses arrays without elements; the record is enough to make them anew.
         arrays = {path: x for path, x in arrays.items() if x.size}
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
-        )
-        if step != latest:
-            self._latest.save(step, args=args)
-        metric = math.nan if metric is None else float(metric)
-        if metric > (-math.inf if self._best_metric is None else self._best_metric):
-            if step in self._best.all_steps():  # The same step again with a better number.
-                self._best.wait_until_finished()
-                self._best.delete(step)
-            # force: after an interruption the best may be ahead of the latest.
-            self._best.save(step, args=args, metrics={"metric": metric}, force=True)
-            self._best_metric = metric
+        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)))
 
     def restore_latest(self, abstract_state):
-        """Restores the newest checkpoint; saves it as the best too, if a kill cut that short.
+        """Restores the newest checkpoint.
 
         Args:
           abstract_state: pytree of jax.ShapeDtypeStruct with the shardings to restore
@@ -119,30 +129,22 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is damaged, or does not fit; names the first path that differs.
         """
-        best, fix = self._best.best_step(), "delete it to start anew"
-        if best is not None:
-            fix += f", and copy {self._best.directory}/{best} into {self._latest.directory} too to go on from there"
-        restored = _restore(self._latest, self._latest.latest_step(), abstract_state, fix)
-        if restored and not self._read_only:
-            step, state, record = restored
-            self.save(step, state, extra=record["extra"], metric=record.get("metric"))
-        return restored and (*restored[:2], restored[2]["extra"])
+        step = self.latest_step
+        others = [s for s in self._manager.all_steps() if s != step]
+        return self._restore(step, abstract_state, f"delete it to go on from step {max(others)}" if others else "delete it to start anew")
 
     def restore_best(self, abstract_state):
         """Restores the checkpoint with the highest metric; see `restore_latest`."""
-        restored = _restore(self._best, self._best.best_step(), abstract_state, FORGET)
-        return restored and (*restored[:2], restored[2]["extra"])
+        return self._restore(self.best_step, abstract_state, FORGET)
 
     def wait(self) -> None:
         """Blocks until everything saved is on disk; raises what a background write raised."""
-        self._latest.wait_until_finished()
-        self._best.wait_until_finished()
+        self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and gives back Orbax's threads, also where a write failed, which it raises."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self._best.close)
-            stack.callback(self._latest.close)
+            stack.callback(self._manager.close)
             self.wait()
 
     def __enter__(self):
@@ -150,6 +152,51 @@ class Checkpoints:
 
     def __exit__(self, *_):
         self.close()
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Orbax asks which of the checkpoints, oldest first, stay once the last of them is written."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        stays = {*steps[-self._keep :], self._best(steps)}
+        stays |= {step for step in steps if self._keep_every and step % self._keep_every == 0}
+        return [step in stays for step in steps]
+
+    def _best(self, steps) -> int | None:
+        """Of some steps the one with the highest metric, the oldest of equals; None where no metric is known."""
+        return max((s for s in sorted(steps) if s in self._metrics), key=self._metrics.get, default=None)
+
+    def _read_metrics(self) -> dict[int, float]:
+        with _undamaged(str(self._known), FORGET):
+            text = self._known.read_text() if self._known.exists() else "{}"
+            return {int(step): float(metric) for step, metric in json.loads(text).items()}
+
+    def _write_metric(self, step: int, metric: float) -> None:
+        """Before the checkpoint itself, which after a kill would be there without it."""
+        self._metrics = {s: x for s, x in self._metrics.items() if s < step} | {step: metric}
+        if processes.is_first():
+            temporary = self._known.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self._metrics))
+            temporary.replace(self._known)
+
+    def _restore(self, step, abstract_state, fix: str):
+        self.wait()
+        if step is None:
+            return None
+        wanted, folder = _flatten(abstract(abstract_state)), f"{self._manager.directory}/{step}"
+        stored = {path: x for path, x in wanted.items() if x.size}
+        with _undamaged(folder, fix):
+            record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+            if record["version"] > VERSION:
+                raise UserError(
+                    f"checkpoint {folder} has format {record['version']} and this treerl reads up to {VERSION}; update "
+                    "treerl, or use a new workdir."
+                )
+            _compare(folder, record["leaves"], wanted)
+            arrays = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(stored))).state
+        for path, x in wanted.items():
+            if not x.size:
+                arrays[path] = jax.make_array_from_callback(x.shape, x.sharding, lambda index: jnp.zeros(x.shape, x.dtype)[index])
+        treedef = jax.tree.structure(abstract_state)
+        return step, treedef.unflatten([arrays[path] for path in wanted]), record["extra"]
 
 
 def abstract(state, shardings=None):
@@ -169,26 +216,6 @@ def abstract(state, shardings=None):
     )
 
 
-def _manager(folder: str, read_only: bool, best_fn=None):
-    return ocp.CheckpointManager(
-        folder,
-        item_names=("state", "record"),
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=1,
-            best_fn=best_fn,
-            keep_checkpoints_without_metrics=False,
-            read_only=read_only,
-            create=not read_only,
-            cleanup_tmp_directories=not read_only,
-        ),
-    )
-
-
-def _best_metric(manager) -> float | None:
-    step = manager.best_step()
-    return None if step is None else manager.metrics(step)["metric"]
-
-
 @contextlib.contextmanager
 def _undamaged(folder: str, fix: str):
     """Turns what Orbax raises over cut or missing files, errors of many types, into a UserError."""
@@ -198,23 +225,6 @@ def _undamaged(folder: str, fix: str):
         raise
     except Exception as error:
         raise UserError(f"checkpoint {folder} is damaged; {fix}.") from error
-
-
-def _restore(manager, step, abstract_state, fix: str):
-    manager.wait_until_finished()
-    if step is None:
-        return None
-    wanted, folder = _flatten(abstract(abstract_state)), f"{manager.directory}/{step}"
-    stored = {path: x for path, x in wanted.items() if x.size}
-    with _undamaged(folder, fix):
-        record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
-        _compare(folder, record["leaves"], wanted)
-        arrays = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(stored))).state
-    for path, x in wanted.items():
-        if not x.size:
-            arrays[path] = jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
-    treedef = jax.tree.structure(abstract_state)
-    return step, treedef.unflatten([arrays[path] for path in wanted]), record
 
 
 def _flatten(state) -> dict:

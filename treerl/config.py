@@ -192,6 +192,8 @@ def default() -> ConfigDict:
         )
     )
     config.checkpoint_every = 50  # steps
+    config.checkpoint_keep = 1  # of the newest; the one with the best held-out pass@1 stays besides
+    config.checkpoint_keep_every = 0  # checkpoints of steps divisible by it stay for ever; 0: none do
     config.samples_every = 50  # steps between those whose first answers are written to samples.jsonl; 0: none
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices along each axis, -1: the rest
     return config
@@ -229,7 +231,7 @@ def _are_shots(pairs) -> bool:
 # and `make_fns`.
 RULES = (
     ("1 or more", lambda x: x >= 1, """
-        checkpoint_every model.layers model.width model.heads model.kv_heads model.head_dim model.hidden
+        checkpoint_every checkpoint_keep model.layers model.width model.heads model.kv_heads model.head_dim model.hidden
         sampler.prompts sampler.slots sampler.prompt_length sampler.answer_length sampler.segment
         branching.max_children learner.bin_tokens learner.bins_per_step learner.epochs learner.vocab_chunk
         warm_start.examples warm_start.batch warm_start.patience warm_start.eval_every
@@ -238,7 +240,7 @@ RULES = (
     ("0 or more", lambda x: x >= 0, """
         seed steps branching.tau_abs branching.tau_rel branching.fill_after pruning.tau_ed
         pruning.columns pruning.warmup_steps quality.learning_rate quality.smoothing
-        samples_every model.lora_rank learner.clip_low learner.clip_high learner.kl learner.max_skipped learner.overlong_buffer
+        samples_every checkpoint_keep_every model.lora_rank learner.clip_low learner.clip_high learner.kl learner.max_skipped learner.overlong_buffer
         optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay
         warm_start.steps warm_start.learning_rate text.threshold"""),
     ("a number above 0", lambda x: x > 0, """

@@ -85,7 +85,8 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, signals: S
             with writing(f"workdir={workdir}", REFUSED):
                 write_config(workdir, config)
         check_shared(workdir)
-    with writing(f"workdir={workdir}", REFUSED), Checkpoints(workdir) as checkpoints:
+    keep = dict(keep=config.checkpoint_keep, keep_every=config.checkpoint_keep_every)
+    with writing(f"workdir={workdir}", REFUSED), Checkpoints(workdir, **keep) as checkpoints:
         restored = checkpoints.restore_latest(experiment.state_shape())
         if restored:
             _, state, extra = restored

@@ -11,8 +11,8 @@ from treerl.errors import UserError
 def claim(workdir: str, config: ConfigDict) -> None:
     """Checks that a workdir is new, or has a config.json with the same fields; writes nothing.
 
-    Devices, folders of data, where and by how many processes answers are graded, learner.max_skipped and
-    samples_every may differ, and so may `steps` without a schedule over them.
+    Devices, folders of data, where and by how many processes answers are graded, learner.max_skipped, samples_every
+    and which checkpoints are kept may differ, and so may `steps` without a schedule over them.
 
     Raises:
       UserError: the workdir belongs to another experiment; names the first field that differs.
@@ -20,7 +20,7 @@ def claim(workdir: str, config: ConfigDict) -> None:
     if not has_config(workdir):
         return
     old, new = dict(fields(read_config(workdir))), dict(fields(json.loads(config.to_json_best_effort())))
-    free = ("mesh.", "data_dir", "learner.max_skipped", "samples_every", "text.workers", "text.grading")
+    free = ("mesh.", "data_dir", "learner.max_skipped", "samples_every", "checkpoint_", "text.workers", "text.grading")
     free += ("steps",) if config.optimizer.schedule == "constant" else ()
     for name in sorted(old | new):
         if not name.startswith(free) and old.get(name) != new.get(name):
