@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ SIZES = {  # sums of one digit as characters, graded on the host
     "text.chat": False,
     "text.options": "{'digits': 1}",
     "text.workers": 1,
+    "text.graders": "{'exact': 1.0, 'sample_graders:lower': 0.5}",
     "model.layers": 1,
     "model.width": 16,
     "model.heads": 2,
@@ -37,12 +39,14 @@ SIZES = {  # sums of one digit as characters, graded on the host
     "sampler.prompt_length": 16,
     "sampler.answer_length": 12,
     "learner.bin_tokens": 32,
+    "branching.tau_abs": 0.005,
+    "branching.tau_rel": 0.9,
     "optimizer.warmup_steps": 0,
     "optimizer.schedule": "constant",
     "warm_start.examples": 24,
-    "warm_start.steps": 40,
+    "warm_start.steps": 10,
     "warm_start.batch": 8,
-    "warm_start.eval_every": 20,
+    "warm_start.eval_every": 5,
     "warm_start.learning_rate": 0.01,
     "evaluation.every": 3,
     "evaluation.examples": 8,
@@ -63,7 +67,7 @@ def start(folder: pathlib.Path, workdir: str, count: int, devices: int, only=Non
     environment = dict(
         os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
         JAX_COMPILATION_CACHE_DIR=str(folder / f"programs{count}x{devices}"), JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-        PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
     )  # fmt: skip
     for i in range(count):
         command = [sys.executable, "-m", "launch.train", f"--config={ROOT}/experiments/countdown.py", f"--workdir={workdir}"]
@@ -170,3 +174,91 @@ def test_a_tpu_vm_is_left_to_jax(monkeypatch):
     for installed in (True, False):
         monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: installed or None)
         assert processes._surroundings() == ({} if installed else None)
+
+
+# --- the same numbers -----------------------------------------------------------------------------
+
+
+def story(workdir: pathlib.Path, name="metrics.jsonl") -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(workdir / name)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder, summary, exit statuses, workdir) of a run of one process with four devices."""
+    folder = tmp_path_factory.mktemp("processes")
+    runs, _ = start(folder, "one", 1, 4)
+    status, output = end(runs)
+    assert status == [0], (folder / "one.0.log").read_text()[-3000:]
+    return folder, json.loads(output[0].splitlines()[-1])
+
+
+def assert_close(actual: list[dict], wanted: list[dict]):
+    assert len(actual) == len(wanted)
+    for mine, theirs in zip(actual, wanted):
+        assert set(mine) == set(theirs)
+        for name, value in theirs.items():
+            assert mine[name] == pytest.approx(value, rel=1e-3, abs=1e-6), (name, mine["step"])
+
+
+def test_the_run_is_worth_comparing(whole):
+    lines = story(whole[0] / "one")
+    assert len(lines) == SIZES["steps"] and any(line["forks"] > 0 for line in lines)
+    assert sum(line["grad_norm"] > 0 for line in lines) >= 3 and len({line["length"] for line in lines}) > 3
+
+
+def test_two_processes_tell_the_story_of_one(whole):
+    """Trained, graded, evaluated and saved by two processes, stopped by a signal to one of them, ended by one alone."""
+    folder, summary = whole
+    runs, _ = start(folder, "two", 2, 2)
+    while len(story(folder / "two")) < 2 if (folder / "two/metrics.jsonl").exists() else runs[0].poll() is None:
+        assert runs[0].poll() is None, (folder / "two.0.log").read_text()[-3000:]
+        time.sleep(0.01)
+    runs[1].send_signal(signal.SIGTERM)
+    status, output = end(runs)
+    assert status == [75, 75], (folder / "two.0.log").read_text()[-3000:]
+    done = len(story(folder / "two"))
+    assert 2 <= done < SIZES["steps"] and "{" not in "".join(output)
+    for i in range(2):
+        assert last_line(folder, f"two.{i}.log").startswith(f"SIGTERM: stopped after step {done} of 6; two/checkpoints holds")
+    runs, _ = start(folder, "two", 1, 4)
+    status, output = end(runs)
+    assert status == [0] and json.loads(output[0].splitlines()[-1]) | {"train_seconds": 0} == summary | {"train_seconds": 0}
+    assert_close(story(folder / "two"), story(folder / "one"))
+    assert story(folder / "two", "samples.jsonl") == story(folder / "one", "samples.jsonl")
+
+
+def test_two_processes_write_the_files_of_one(whole):
+    """To the end, continuing a run of one process; only the first prints and writes."""
+    folder, summary = whole
+    shutil.copytree(folder / "one", folder / "end")
+    shutil.rmtree(folder / "end/checkpoints/6")  # step 3, the best, is left
+    runs, _ = start(folder, "end", 2, 2)
+    status, output = end(runs)
+    assert status == [0, 0], (folder / "end.0.log").read_text()[-3000:]
+    assert json.loads(output[0].splitlines()[-1]) | {"train_seconds": 0} == summary | {"train_seconds": 0}
+    assert "{" not in output[1] and (folder / "end.1.log").read_text() == ""
+    assert_close(story(folder / "end"), story(folder / "one"))
+    assert story(folder / "end", "samples.jsonl") == story(folder / "one", "samples.jsonl")
+    for name in ("report.html", "tensorboard"):
+        assert (folder / "end" / name).stat().st_mtime > (folder / "one" / name).stat().st_mtime
+    assert len(list((folder / "end/tensorboard").glob("events*"))) == 2
+
+
+def test_rows_of_each_process():
+    """Each process reads what its devices hold; together they make the whole."""
+    mesh = sharding.make_mesh(data=1)
+    where = sharding.trees(mesh)
+    assert sharding.own_rows(where, 6).tolist() == list(range(6))
+
+    class Half:
+        def __init__(self, cuts):
+            self.cuts = cuts
+
+        def addressable_devices_indices_map(self, shape):
+            return dict(enumerate((cut,) for cut in self.cuts))
+
+    assert sharding.own_rows(Half([slice(4, 6), slice(0, 2), slice(4, 6)]), 8).tolist() == [0, 1, 4, 5]
+    placed = sharding.place(np.arange(12).reshape(6, 2), where, np.arange(6), 6)
+    np.testing.assert_array_equal(placed, np.arange(12).reshape(6, 2))
+    assert placed.sharding == where and jax.process_count() == 1
