@@ -247,7 +247,7 @@ def make_quality(config, late: int, width: int) -> tuple[Quality | None, int, in
     return Quality(choose, head, optimizer, q.epochs, q.bins, p.weights == "inverse"), review_at, columns
 
 
-def make_model(config, task: Task, folder: str | None) -> Model:
+def make_model(config, task: Task, folder: str | None, mesh: Mesh | None = None) -> Model:
     """The model of the `model` section, or of a folder with a published one, whose config.json gives its sizes.
 
     Raises:
@@ -255,11 +255,11 @@ def make_model(config, task: Task, folder: str | None) -> Model:
     """
     others = {name: config[name] for name in ("dtype", "param_dtype", "lora_rank", "lora_alpha")}
     if folder is not None:
-        model = Model(families.from_folder(folder, **others))
+        model = Model(families.from_folder(folder, **others), mesh)
         check_vocabulary(task.tokenizer, model.config.vocab, folder)
         return model
     sizes = {name: value for name, value in config.items() if name != "source"}
-    return Model(TransformerConfig(vocab=task.tokenizer.vocab_size, **sizes))
+    return Model(TransformerConfig(vocab=task.tokenizer.vocab_size, **sizes), mesh)
 
 
 def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None, folder: str | None = None) -> Fns:
@@ -286,7 +286,7 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None, folder: str | No
         )
     forks = b.rule != "stochastic"
     budget = s.answer_length + (b.fill_after + 1 if forks else 0)
-    model = make_model(config.model, task, folder)
+    model = make_model(config.model, task, folder, mesh)
     quality, review_at, columns = make_quality(config, budget - s.answer_length, model.config.width)
 
     def survive(knobs, step, quality_state):

@@ -34,8 +34,9 @@ def bin_logps(fns, params, bins: packing.Bins, temperature) -> jax.Array:
     size = fns.sizes
     module, hidden = packed_hidden(fns.model, params, bins.token, bins.position, bins.stop, remat=size.remat)
     hidden = jnp.take_along_axis(hidden, bins.parent[..., None], axis=1)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    logp = token_logps(module, flat, bins.token.reshape(-1), temperature, chunk=size.vocab_chunk)
+    shards = (sharding.tree_shards(fns.model.mesh),) if fns.model.mesh is not None and fns.model.mesh.size > 1 else ()
+    own = lambda x: x.reshape(*shards, -1, *x.shape[2:])  # [N, C, ...] -> [shards, tokens, ...]
+    logp = token_logps(module, own(hidden), own(bins.token), temperature, chunk=size.vocab_chunk)
     return jnp.where(bins.cell >= 0, logp.reshape(bins.cell.shape), 0)
 
 
@@ -71,6 +72,7 @@ def gradient_norms(fns, params, tree: T.Tree, prompts: Prompts, temperature) -> 
     much work as training on the flattened rollouts, one row at a time.
     """
     shards, (_, leaves, rows) = sharding.tree_shards(fns.mesh), tree.leaf_path.shape
+    fns = fns._replace(model=fns.model.anywhere)  # one row at a time
     size = prompts.token.shape[1] + rows
 
     def line(token, length):

@@ -1,10 +1,12 @@
 """What steps cost: the memory that they will take, and traces of what the device did when."""
 
 import contextlib
+import math
 import re
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from absl import logging
 
 from treerl.errors import UserError
@@ -116,3 +118,58 @@ def out_of_memory(fix: str = SAVE_MEMORY):
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(f"a device ran out of memory; {fix}") from error
+
+
+class Collective(NamedTuple):
+    """One communication between devices in a compiled program."""
+
+    kind: str  # all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute
+    shape: str  # of the result on each device, as XLA writes it: f32[8,128]; of several results the largest
+    bytes: int  # of all results on each device
+    axes: str  # mesh axes that it goes over, such as data x fsdp; "" where they cannot be told
+    name: str  # where in the source it comes from
+    depth: int  # loops around it
+
+
+_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+_SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+
+
+def collectives(program, mesh=None) -> list[Collective]:
+    """The collectives in the text of a compiled program (`jax.stages.Compiled`), the largest first."""
+    found = []
+    for line in program.as_text().splitlines():
+        match = re.search(rf"= (.*?) ({_KINDS})(?:-start)?\(", line)
+        if not match:
+            continue
+        results = []
+        for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", match[1]):
+            count = math.prod(int(size) for size in sizes.split(",") if size)
+            results.append((count * _SIZES.get(dtype, 1), f"{dtype}[{sizes}]"))
+        if "-start(" in line and len(results) > 1:  # the operands stand beside the results
+            results = results[len(results) // 2 :]
+        name = re.search(r'op_name="([^"]*)"', line)
+        name = name[1] if name else ""
+        groups = _groups(line)
+        axes = _axes(groups, mesh) if mesh is not None and groups else ""
+        found.append(Collective(match[2], max(results)[1], sum(x for x, _ in results), axes, name, name.count("while/body")))
+    return sorted(found, key=lambda c: -c.bytes)
+
+
+def _groups(line: str) -> list[list[int]] | None:
+    """Devices that talk to each other, numbered as in the program."""
+    if match := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", line):
+        return [[int(x) for x in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])]
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape, order = ([int(x) for x in match[i].split(",")] for i in (1, 2))
+        numbers = np.arange(math.prod(order)).reshape(order)
+        if match[3]:
+            numbers = numbers.transpose([int(x) for x in match[3].split(",")])
+        return numbers.reshape(shape).tolist()
+    return None
+
+
+def _axes(groups: list[list[int]], mesh) -> str:
+    """Names of the mesh axes along which the devices of a group differ."""
+    places = np.argwhere(np.ones(mesh.devices.shape))[groups[0]]
+    return " x ".join(name for i, name in enumerate(mesh.axis_names) if len(set(places[:, i].tolist())) > 1)

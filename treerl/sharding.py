@@ -3,6 +3,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from treerl.errors import UserError
@@ -10,10 +11,12 @@ from treerl.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 TREES = PartitionSpec(("data", "fsdp"))  # trees and bins: first axis over both
 
-# logical axis of a parameter -> mesh axis
+# logical axis of a parameter or an activation -> mesh axis
 RULES = {
+    "trees": TREES[0],  # of a batch, and its bins
     "vocab": "tensor",
-    "embed": "fsdp",
+    "alphabet": None,  # a vocabulary of characters, not worth cutting
+    "embed": "fsdp",  # of parameters: gathered where they are used
     "heads": "tensor",
     "kv_heads": "tensor",
     "group": None,
@@ -25,9 +28,17 @@ RULES = {
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices; one size may be -1, the rest."""
-    sizes, count = {"data": data, "fsdp": fsdp, "tensor": tensor}, jax.device_count()
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
+    """A mesh; one size may be -1, the rest.
+
+    On TPUs neighbours in the mesh are neighbours in the torus, and of several slices, which only a slower network
+    joins, each has its own part of the data axis.
+
+    Args:
+      devices: None is all there are.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes, count = {"data": data, "fsdp": fsdp, "tensor": tensor}, len(devices)
     given = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
@@ -40,7 +51,19 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"{given} does not fit the number of devices, {count}; set sizes that multiply to {count}, "
             "or one of them to -1 for the rest."
         )
-    return Mesh(np.asarray(jax.devices()).reshape([sizes[a] for a in AXES]), AXES)
+    shape = [sizes[axis] for axis in AXES]
+    if getattr(devices[0], "platform", None) != "tpu":
+        return Mesh(np.asarray(devices).reshape(shape), AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices:
+        raise UserError(
+            f"{given} cannot span {slices} slices, of which each needs its own part of mesh.data={sizes['data']}; make that a "
+            f"multiple of {slices}."
+        )
+    if slices == 1:
+        return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES)
+    inner = [shape[0] // slices, *shape[1:]]
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inner, [slices, 1, 1], devices), AXES)
 
 
 def parameter_shardings(mesh: Mesh, axes, shapes, *, gathered: bool = False):
@@ -76,6 +99,19 @@ def parameter_shardings(mesh: Mesh, axes, shapes, *, gathered: bool = False):
 
     is_names = lambda x: isinstance(x, tuple)
     return jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=is_names)
+
+
+def constrain(x, mesh: Mesh | None, *names, gathered: bool = False):
+    """Says how a traced array lies on the mesh, by a logical name or None for each axis; mesh None says nothing.
+
+    Args:
+      gathered: leave the fsdp axis out: parameters on their way into a product.
+    """
+    if mesh is None:
+        return x
+    axes = (None if name is None else RULES[name] for name in names)
+    spec = PartitionSpec(*(None if gathered and axis == "fsdp" else axis for axis in axes))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import Mesh
 
-from treerl import attention
+from treerl import attention, sharding
 from treerl.models.transformer import Model
 from treerl.types import Params, Policy
 
@@ -31,8 +31,9 @@ def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Me
         hidden, (k, v) = module(token, position, attention.causal(length))
         last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
         stored = pool_dtype or config.dtype
-        pool = jnp.zeros((batch, config.kv_heads, slots, rows, config.head_dim), stored)
-        k, v = (rearrange(x, "l b p g d -> l b g p d").astype(stored) for x in (k, v))
+        place = lambda x: sharding.constrain(x, mesh, "trees", "kv_heads", *[None] * (x.ndim - 2))
+        pool = place(jnp.zeros((batch, config.kv_heads, slots, rows, config.head_dim), stored))
+        k, v = ([place(rearrange(x, "b p g d -> b g p d").astype(stored)) for x in each] for each in (k, v))
         heads = jnp.broadcast_to(last, (batch, slots, config.width))
         return length, last, heads, [(k[i], v[i], pool, pool) for i in range(config.layers)]
 
@@ -78,22 +79,26 @@ def token_logps(module, hidden, target, temperature, *, chunk: int):
     Each chunk's logits are recomputed in the backward pass, so no [tokens, V] array outlives it.
 
     Args:
-      hidden: [T, D]. target: [T] int32. temperature: [] float32, divides the logits.
+      hidden: [..., T, D]; axes in front are shards, each of which has its own chunks. target: [..., T] int32.
+      temperature: [] float32, divides the logits.
       chunk: tokens at a time (static).
 
     Returns:
-      float32 [T].
+      float32 [..., T].
     """
+
+    *shards, count = target.shape
+    table = module.table(*shards)
 
     @jax.checkpoint
     def one(args):
         hidden, target = args
-        logits = module.logits(hidden) / temperature
-        return jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+        logits = module.logits(hidden, table) / temperature
+        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        return picked - jax.nn.logsumexp(logits, axis=-1)
 
-    count = hidden.shape[0]
-    chunk = min(chunk, count)
-    pad = -count % chunk
-    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[-1])
-    target = jnp.pad(target, (0, pad)).reshape(-1, chunk)
-    return jax.lax.map(one, (hidden, target)).reshape(-1)[:count]
+    chunk, front = min(chunk, count), len(shards)
+    cut = lambda x: jnp.moveaxis(x.reshape(*shards, -1, chunk, *x.shape[front + 1 :]), front, 0)
+    pad = lambda x: jnp.pad(x, [(0, -count % chunk if axis == front else 0) for axis in range(x.ndim)])
+    found = jax.lax.map(one, (cut(pad(hidden)), cut(pad(target))))
+    return jnp.moveaxis(found, 0, front).reshape(*shards, -1)[..., :count]

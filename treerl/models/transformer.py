@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx, traverse_util
+from jax.sharding import Mesh
 
+from treerl import sharding
 from treerl.errors import UserError
 
 
@@ -135,14 +137,33 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-class Adapter(nnx.Module):
+ALPHABET = 64  # tokens below which a vocabulary is whole on every device
+
+
+class Placed(nnx.Module):
+    """A module that knows its mesh: parameters are gathered over fsdp where they are used, products lie as the rules say."""
+
+    mesh: Mesh | None = None
+
+    def weight(self, name: str) -> jax.Array:
+        """A parameter, whole but for its part along tensor."""
+        parameter = getattr(self, name)
+        return sharding.constrain(parameter[...], self.mesh, *parameter.get_metadata("axes"), gathered=True)
+
+    def place(self, x, *names) -> jax.Array:
+        """An activation whose first axis are trees, or bins; `names` of the others."""
+        return sharding.constrain(x, self.mesh, "trees", *names)
+
+
+class Adapter(Placed):
     """A change of low rank of one product, zero at the start: LoRA, arXiv 2106.09685, section 4.1.
 
     Products that are one here have one adapter: queries, keys and values share their first factor, as do gate and
     up. Stored in float32 whatever param_dtype is.
     """
 
-    def __init__(self, rngs, config, shape, axes, inputs: int):
+    def __init__(self, rngs, config, shape, axes, inputs: int, mesh: Mesh | None):
+        self.mesh = mesh
         c = dataclasses.replace(config, param_dtype="float32")
         fan_in, rank = math.prod(shape[:inputs]), c.lora_rank
         self.first = _weight(rngs, c, (*shape[:inputs], rank), (*axes[:inputs], "rank"), fan_in)
@@ -151,7 +172,7 @@ class Adapter(nnx.Module):
 
     def __call__(self, x):
         """x [..., *inputs] -> [..., *outputs]."""
-        return jnp.tensordot(jnp.tensordot(x, self.first[...], self.inputs), self.second[...], 1) * self.scale
+        return jnp.tensordot(jnp.tensordot(x, self.weight("first"), self.inputs), self.weight("second"), 1) * self.scale
 
 
 def change(adapter: dict, config: TransformerConfig) -> jax.Array:
@@ -164,12 +185,12 @@ def change(adapter: dict, config: TransformerConfig) -> jax.Array:
 INPUTS = {"qkv": 1, "out": 2, "gate_up": 1, "down": 1}  # axes that the products of a block sum over
 
 
-class Block(nnx.Module):
+class Block(Placed):
     """Pre-norm attention and gated MLP, each followed by a norm of its own with `post_norms`."""
 
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, mesh: Mesh | None = None):
         c, d = config, config.width
-        self.config = config
+        self.config, self.mesh = config, mesh
         self.attention_norm, self.mlp_norm = RMSNorm(d, c), RMSNorm(d, c)
         # of each key/value head: the queries that share it, its keys, its values; one product
         group, names = c.heads // c.kv_heads + 2, ("kv_heads", "group", "head_dim")
@@ -181,7 +202,7 @@ class Block(nnx.Module):
         if c.lora_rank:
             for name, inputs in INPUTS.items():
                 weight = getattr(self, name)
-                adapter = Adapter(rngs, c, weight.shape, weight.get_metadata("axes"), inputs)
+                adapter = Adapter(rngs, c, weight.shape, weight.get_metadata("axes"), inputs, mesh)
                 setattr(self, name + LORA, adapter)
         if c.qkv_bias:
             self.qkv_bias = nnx.Param(jnp.zeros((c.kv_heads, group, c.head_dim), c.param_dtype), axes=names)
@@ -197,14 +218,15 @@ class Block(nnx.Module):
 
     def _product(self, x, name):
         """One of the block's products, with its adapter if there is one."""
-        y = jnp.tensordot(x, getattr(self, name)[...], INPUTS[name])
+        y = jnp.tensordot(x, self.weight(name), INPUTS[name])
         return y + getattr(self, name + LORA)(x) if self.config.lora_rank else y
 
     def _forward(self, x, angles, attend, cache, window):
         c, h = self.config, self.attention_norm(x)
         qkv = self._product(h, "qkv")
         if c.qkv_bias:
-            qkv = qkv + self.qkv_bias[...]
+            qkv = qkv + self.weight("qkv_bias")
+        qkv = self.place(qkv, None, "kv_heads", None, None)
         q, k, v = rearrange(qkv[..., :-2, :], "b t g r h -> b t (g r) h"), qkv[..., -2, :], qkv[..., -1, :]
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -212,29 +234,30 @@ class Block(nnx.Module):
         if c.query_scalar not in (None, c.head_dim):
             q = q * (c.head_dim / c.query_scalar) ** 0.5  # attention divides scores by the root of head_dim
         attended, cache = attend(q, k, v, cache, window)
-        h = self._product(attended, "out")
+        h = self._product(self.place(attended, None, "heads", None), "out")
         x = x + (self.attention_out_norm(h) if c.post_norms else h)
-        h = self._product(self.mlp_norm(x), "gate_up")
+        h = self.place(self._product(self.mlp_norm(x), "gate_up"), None, None, "mlp")
         h = self._product(ACTIVATIONS[c.activation](h[..., 0, :]) * h[..., 1, :], "down")
-        return x + (self.mlp_out_norm(h) if c.post_norms else h), cache
+        return self.place(x + (self.mlp_out_norm(h) if c.post_norms else h), None, None), cache
 
 
-class Transformer(nnx.Module):
+class Transformer(Placed):
     """Embedding, stacked blocks, final norm and output projection."""
 
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        self.config = config
-        shape, axes = (config.vocab, config.width), ("vocab", "embed")
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, mesh: Mesh | None = None):
+        self.config, self.mesh = config, mesh
+        self.vocab = "vocab" if config.vocab >= ALPHABET else "alphabet"
+        shape, axes = (config.vocab, config.width), (self.vocab, "embed")
         self.embedding = _weight(rngs, config, shape, axes, config.width)
         if not config.tied:
             self.unembedding = _weight(rngs, config, shape, axes, config.width)
-        stack = nnx.split_rngs(splits=config.layers)(nnx.vmap(lambda r: Block(config, r)))
+        stack = nnx.split_rngs(splits=config.layers)(nnx.vmap(lambda r: Block(config, r, mesh)))
         self.blocks = stack(rngs)
         self.final_norm = RMSNorm(config.width, config)
 
     def embed(self, token):
         """token [B, T] -> [B, T, D]."""
-        x = self.embedding[...][token].astype(self.config.dtype)
+        x = self.place(self.weight("embedding")[token].astype(self.config.dtype), None, None)
         # the factor too is rounded to the dtype, as transformers does
         return x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.embed_scale else x
 
@@ -283,7 +306,10 @@ class Transformer(nnx.Module):
             angles, window = view if local is None else jax.tree.map(lambda x: x[local], views)
             return nnx.merge(definition, weights)(x, angles, attend, cache, window)
 
-        layer = jax.checkpoint(layer) if remat else layer
+        if remat:
+            layer = jax.checkpoint(layer)
+        elif self.mesh is not None and self.mesh.shape["fsdp"] > 1:  # gathered weights are not kept for the backward pass
+            layer = jax.checkpoint(layer, policy=lambda primitive, *_, **__: primitive.name != "sharding_constraint")
         x, caches = jax.lax.scan(layer, self.embed(token), (weights, caches, local))
         return self.final_norm(x), caches
 
@@ -297,19 +323,33 @@ class Transformer(nnx.Module):
         apply = lambda weights, *args: nnx.merge(definition, weights)(*args)
         return apply, [jax.tree.map(lambda w: w[i], weights) for i in range(self.config.layers)]
 
-    def logits(self, hidden):
-        """hidden [..., D] -> float32 [..., V]."""
-        table = self.embedding if self.config.tied else self.unembedding
+    def table(self, *shards: int) -> jax.Array:
+        """The output projection [V, D], or a copy for each of some shards: [shards, V, D].
+
+        Copies cost no device more than one, and the gradients of each are summed before they meet those of the others.
+        """
+        table = self.weight("embedding" if self.config.tied else "unembedding")
+        return self.place(jnp.broadcast_to(table, (*shards, *table.shape)), self.vocab, None) if shards else table
+
+    def logits(self, hidden, table=None):
+        """hidden [..., D] -> float32 [..., V]; of three axes the first are trees or, with their `table`, shards."""
+        table = self.table() if table is None else table
+        form = "...d,vd->...v" if table.ndim == 2 else "s...d,svd->s...v"
         with self.config.products():
-            return jnp.einsum("...d,vd->...v", hidden, table[...], preferred_element_type=jnp.float32)
+            logits = jnp.einsum(form, hidden, table, preferred_element_type=jnp.float32)
+        return self.place(logits, None, self.vocab) if logits.ndim == 3 else logits
 
 
 class Model:
-    """The transformer split once: pure functions of a nested dict of parameters."""
+    """The transformer split once: pure functions of a nested dict of parameters.
 
-    def __init__(self, config: TransformerConfig):
-        self.config = config
-        abstract = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
+    Args:
+      mesh: where activations lie, trees over data and fsdp; None says nothing of it.
+    """
+
+    def __init__(self, config: TransformerConfig, mesh: Mesh | None = None):
+        self.config, self.mesh = config, mesh
+        abstract = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0), mesh))
         self._definition, self._state = nnx.split(abstract)
 
     def init(self, key: jax.Array):
@@ -331,7 +371,12 @@ class Model:
     @property
     def plain(self) -> "Model":
         """The model without adapters."""
-        return Model(dataclasses.replace(self.config, lora_rank=0)) if self.config.lora_rank else self
+        return Model(dataclasses.replace(self.config, lora_rank=0), self.mesh) if self.config.lora_rank else self
+
+    @property
+    def anywhere(self) -> "Model":
+        """The model without a mesh, for arrays whose first axis are not trees."""
+        return Model(self.config)
 
     def adapt(self, params, key: jax.Array):
         """Parameters of this model from those of the plain one: with adapters that change nothing yet."""
