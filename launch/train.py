@@ -2,6 +2,7 @@
 
 python -m launch.train --config=experiments/countdown.py[:arg] --workdir=DIR
     [--profile=FIRST:LAST] [--config.section.field=value ...]
+python -m launch.train --config=... --compile_only [--topology=v5e:8x8]
 
 Prints one JSON line on standard output at the end; goes on from the last checkpoint in DIR.
 
@@ -26,18 +27,31 @@ _PROFILE = flags.DEFINE_string(
     "a process compiles, and a trace grows by megabytes a step. To look: tensorboard --logdir=WORKDIR with the "
     "plugin xprof, or open its trace.json.gz in ui.perfetto.dev.",
 )
-flags.mark_flags_as_required(["config", "workdir"])
+_COMPILE_ONLY = flags.DEFINE_bool(
+    "compile_only", False, "Compile the training step, print the memory, work and communication it takes, and stop."
+)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "With --compile_only: TPUs that need not be there, such as v5e:8x8.")
+flags.mark_flag_as_required("config")
+flags.register_multi_flags_validator(
+    ["workdir", "compile_only"], lambda f: f["workdir"] or f["compile_only"], "flag --workdir=None: missing"
+)
 
 
 def main():
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # where train() does not catch it: end at once, no traceback
     # After the flags: a wrong one must not cost the import of jax.
-    from treerl import processes
+    from treerl import plan, processes
     from treerl.profiling import parse_span
     from treerl.supervision import AGAIN, Interrupted
     from treerl.train import train
 
+    if _COMPILE_ONLY.value:
+        found = plan.plan(_CONFIG.value, _TOPOLOGY.value)
+        if processes.is_first():
+            print(plan.table(found), file=sys.stderr)
+            print(json.dumps(found))
+        return
     profile = parse_span(_PROFILE.value, _CONFIG.value.steps)
     try:
         summary = train(_CONFIG.value, _WORKDIR.value, profile=profile)

@@ -29,6 +29,10 @@ TOY = {
         bin_tokens=32, bins_per_step=1, vocab_chunk=16, remat=False, turns=1,
     ),
     "devices": dict(steps=1, prompts=4, slots=4),
+    "scaling": dict(
+        GROUP, segment=2, lengths=(), windows=(2,), bin_tokens=32, bins_per_step=1, vocab_chunk=16, remat=False,
+        axes=("data",),
+    ),
 }  # fmt: skip
 FIELDS = {"suite", "name", "value", "unit", "shapes", "device"}
 
@@ -188,7 +192,7 @@ def launch(module, *flags):
 def test_unknown_suite_is_one_sentence():
     result = launch("bench", "--suite=nothing")
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.strip() == "--suite=nothing is unknown; the suites are sampler, learner, step, estimators, pruning, devices."
+    assert result.stderr.strip() == "--suite=nothing is unknown; the suites are sampler, learner, step, estimators, pruning, devices, scaling."
 
 
 def test_evaluating_no_run_is_one_sentence(tmp_path):

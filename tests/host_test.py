@@ -65,7 +65,7 @@ def steps(experiment, compiled=False) -> list[tuple[dict, dict]]:
     state, found = experiment.init(0), []
     for i, prompts in enumerate(batches(experiment)):
         if compiled and not i:
-            experiment.compile_step(state, prompts)
+            experiment.compile_step()
         state, metrics = experiment.train_step(state, prompts, experiment.knobs)
         found.append(jax.device_get((state, metrics)))
     return found

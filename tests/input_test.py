@@ -393,7 +393,7 @@ class Quick(Experiment):
         self.before_step(int(state.step) + 1)
         return state.replace(step=state.step + 1, position=state.position + prompts.token.shape[0]), {"reward": 0.5}
 
-    def compile_step(self, state, prompts):
+    def compile_step(self):
         return profiling.Memory(0, 0, None)
 
     def evaluate(self, state, seed=0, check=None):

@@ -228,7 +228,8 @@ def test_a_step_that_will_not_fit():
 def test_out_of_memory():
     with pytest.raises(UserError) as error, profiling.out_of_memory():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes.")
-    assert str(error.value) == f"a device ran out of memory; {profiling.SAVE_MEMORY}"
+    told = "Out of memory while trying to allocate 8 bytes"
+    assert str(error.value) == f"a device ran out of memory ({told}); {profiling.SAVE_MEMORY}"
     with pytest.raises(UserError, match="^a device ran out of memory; lower that.$"), profiling.out_of_memory("lower that."):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
     for other in (jax.errors.JaxRuntimeError("INTERNAL: a bug"), ValueError("RESOURCE_EXHAUSTED"), KeyboardInterrupt()):

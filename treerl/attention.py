@@ -33,7 +33,7 @@ def causal(length: jax.Array) -> Attend:
     return attend
 
 
-def packed(stop: jax.Array, position: jax.Array | None = None, *, block: int = 64) -> Attend:
+def packed(stop: jax.Array, position: jax.Array | None = None, *, mesh: Mesh | None = None, block: int = 64) -> Attend:
     """Attention within bins of depth-first tokens: q sees k iff k <= q < stop[k].
 
     stop [N, C] is the index one past the last token of each token's subtree, so the test admits
@@ -58,7 +58,7 @@ def packed(stop: jax.Array, position: jax.Array | None = None, *, block: int = 6
 
     def attend(q, k, v, cache, window=None):
         half = q.dtype in (jnp.bfloat16, jnp.float16)
-        if jax.default_backend() == "gpu" and half and size % 64 == 0 and q.shape[-1] in (64, 128):
+        if platform(mesh) == "gpu" and half and size % 64 == 0 and q.shape[-1] in (64, 128):
             flash = dict(mask=mask(0, size, window), implementation="cudnn")
             return jax.nn.dot_product_attention(q, k, v, **flash), cache
         out = []
@@ -139,14 +139,18 @@ def dense(q, cache, prompt_length, path, rows, row=None, window=None):
     return out / norm[..., None]
 
 
+def platform(mesh: Mesh | None) -> str:
+    """cpu, gpu or tpu: of a mesh, or of the default device."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def kernel(head_dim: int, mesh: Mesh | None = None) -> Callable:
     """`fused` where the devices are GPUs and the heads fit it, else `dense`.
 
     Args:
       mesh: trees over data and fsdp, heads over tensor; None is the default device.
     """
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    if platform != "gpu" or head_dim < 16 or head_dim & (head_dim - 1):
+    if platform(mesh) != "gpu" or head_dim < 16 or head_dim & (head_dim - 1):
         return dense
     return fused if mesh is None or mesh.size == 1 else sharded(fused, mesh)
 

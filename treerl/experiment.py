@@ -33,12 +33,16 @@ class Grown(NamedTuple):
 
 
 class Experiment:
-    """A config built: its task, its functions compiled for the mesh, its held-out examples."""
+    """A config built: its task, its functions compiled for the mesh, its held-out examples.
 
-    def __init__(self, config: ConfigDict):
+    Args:
+      devices: None is all there are. Nothing is put on them before it is needed, so they may be described ones.
+    """
+
+    def __init__(self, config: ConfigDict, devices=None):
         check(config)
         self.config = config
-        self.mesh = sharding.make_mesh(**config.mesh)
+        self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
         data_dir = os.path.expanduser(config.data_dir)
         source = config.model.source
         models = os.path.join(data_dir, "models")
@@ -46,7 +50,6 @@ class Experiment:
         tokenizer = TextTokenizer(self.folder) if self.folder else None
         self.task = tasks.make(config.task, data_dir, config.text, tokenizer)
         self.fns = S.make_fns(config, self.task, self.mesh, folder=self.folder)
-        self.knobs = sharding.place(S.make_knobs(config, self.task), sharding.replicated(self.mesh))
         trees, whole = sharding.trees(self.mesh), sharding.replicated(self.mesh)
         self.trees = trees
         self.shardings = shardings = S.state_shardings(self.fns)
@@ -77,17 +80,28 @@ class Experiment:
         self._gather = jax.jit(lambda x: x, out_shardings=whole)  # every process has all
         self._grow = program(grow, (shardings, trees, whole, whole, whole), trees)
         self._credit = program(credit, (shardings, trees, trees, trees, whole), trees)
-        count = min(config.evaluation.examples, len(self.task.heldout))
+        count, shards = min(config.evaluation.examples, len(self.task.heldout)), sharding.tree_shards(self.mesh)
         batch = min(config.evaluation.batch, count)
-        shards = sharding.tree_shards(self.mesh)
         if batch % shards or count % batch:
             raise UserError(
                 f"evaluation.batch={batch} must divide over {shards} shards and into the {count} held-out "
                 "examples used; change evaluation.batch or evaluation.examples."
             )
-        self._heldout = [
+        self._heldout_starts = range(0, count, batch), batch
+        self.programs = []  # those of a training step that `compile_step` compiled
+
+    @functools.cached_property
+    def knobs(self) -> dict:
+        """The config's numbers, on the mesh."""
+        return sharding.place(S.make_knobs(self.config, self.task), sharding.replicated(self.mesh))
+
+    @functools.cached_property
+    def _heldout(self) -> list:
+        """Batches of held-out prompts, on the mesh."""
+        starts, batch = self._heldout_starts
+        return [
             self.prompts([self.task.heldout[i] for i in range(start, start + batch)], np.arange(start, start + batch))
-            for start in range(0, count, batch)
+            for start in starts
         ]
 
     def prompts(self, examples, index):
@@ -95,6 +109,12 @@ class Experiment:
         rows = sharding.own_rows(self.trees, len(index))
         own = P.encode(self.task, [examples[i] for i in rows.tolist()], index[rows], self.config.sampler.prompt_length)
         return sharding.place(own, self.trees, rows, len(index))
+
+    def prompts_shape(self):
+        """The prompts of a step as ShapeDtypeStructs with shardings."""
+        one = P.encode(self.task, [self.task.train[0]], np.arange(1), self.config.sampler.prompt_length)
+        one = jax.tree.map(lambda x: np.repeat(x, self.config.sampler.prompts, axis=0), one)
+        return sharding.shapes(one, self.trees)
 
     def stream(self) -> P.Stream:
         """The training examples of this seed."""
@@ -133,21 +153,21 @@ class Experiment:
         check()
         return self._learn_half(state, prompts, sampled, graded, knobs)
 
-    def compile_step(self, state, prompts) -> profiling.Memory:
-        """Compiles the training step for arguments like these, so that calls run what was compiled; the memory it takes.
-
-        Args:
-          state, prompts: arrays, or `jax.ShapeDtypeStruct` like them, as of `state_shape`.
-        """
+    def compile_step(self) -> profiling.Memory:
+        """Compiles the training step, so that calls run what was compiled; the memory it takes."""
+        state, prompts = self.state_shape(), self.prompts_shape()
+        knobs = sharding.shapes(S.make_knobs(self.config, self.task), sharding.replicated(self.mesh))
         with profiling.out_of_memory():
             if not self._split:
-                self._whole_step = self._whole_step.lower(state, prompts, self.knobs).compile()
-                return profiling.memory(self._whole_step)
-            sampled = jax.eval_shape(self._sample_half, state, prompts, self.knobs)
-            graded = rewards.shapes(*sampled.tree.leaf.shape[:2], len(self.fns.host.names))
-            self._sample_half = self._sample_half.lower(state, prompts, self.knobs).compile()
-            self._learn_half = self._learn_half.lower(state, prompts, sampled, graded, self.knobs).compile()
-            return profiling.memory(self._sample_half, self._learn_half)
+                self._whole_step = self._whole_step.lower(state, prompts, knobs).compile()
+                self.programs = [self._whole_step]
+            else:
+                sampled = jax.eval_shape(self._sample_half, state, prompts, knobs)
+                graded = rewards.shapes(*sampled.tree.leaf.shape[:2], len(self.fns.host.names))
+                self._sample_half = self._sample_half.lower(state, prompts, knobs).compile()
+                self._learn_half = self._learn_half.lower(state, prompts, sampled, graded, knobs).compile()
+                self.programs = [self._sample_half, self._learn_half]
+        return profiling.memory(*self.programs)
 
     def samples(self, shown: dict) -> list[dict]:
         """The `samples` of a step's metrics as text: for each tree its prompt, and answers with what they are worth."""

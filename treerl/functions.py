@@ -20,6 +20,7 @@ from treerl.advantages import ESTIMATORS, MULTIPLIERS, WHITENED, Advantage, comp
 from treerl.config import fits
 from treerl.errors import UserError
 from treerl.models import families
+from treerl.models.presets import PRESETS
 from treerl.models.quality import QualityHead
 from treerl.models.transformer import Model, TransformerConfig
 from treerl.optimizer import make_optimizer
@@ -255,10 +256,16 @@ def make_model(config, task: Task, folder: str | None, mesh: Mesh | None = None)
     """
     others = {name: config[name] for name in ("dtype", "param_dtype", "lora_rank", "lora_alpha")}
     if folder is not None:
+        if config.preset:
+            raise UserError(f"model.source={config.source!r} and model.preset={config.preset!r} both give sizes; set one to ''.")
         model = Model(families.from_folder(folder, **others), mesh)
         check_vocabulary(task.tokenizer, model.config.vocab, folder)
         return model
-    sizes = {name: value for name, value in config.items() if name != "source"}
+    if config.preset:
+        if config.preset not in PRESETS:
+            raise UserError(f"model.preset={config.preset!r} is unknown; known are {', '.join(PRESETS)}.")
+        return Model(TransformerConfig(**PRESETS[config.preset], **others), mesh)
+    sizes = {name: value for name, value in config.items() if name not in ("source", "preset")}
     return Model(TransformerConfig(vocab=task.tokenizer.vocab_size, **sizes), mesh)
 
 

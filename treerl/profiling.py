@@ -73,6 +73,9 @@ class Trace:
         self.close()
 
 
+TPU_BYTES = {"TPU v4": 32 * 2**30, "TPU v5 lite": 16 * 2**30, "TPU v5": 95 * 2**30, "TPU v6 lite": 32 * 2**30}  # of a chip
+
+
 class Memory(NamedTuple):
     """Bytes on each device."""
 
@@ -92,6 +95,9 @@ def memory(*programs) -> Memory:
         plan = program.memory_analysis()
         total = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
         found.append((total - plan.alias_size_in_bytes, plan.temp_size_in_bytes))
+    device = next(iter(jax.tree.leaves(programs[0].input_shardings)[0].device_set))
+    if device.platform == "tpu" and device not in jax.devices():  # a described one
+        return Memory(*max(found), TPU_BYTES.get(device.device_kind))
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return Memory(*max(found), limit)
 
@@ -117,7 +123,9 @@ def out_of_memory(fix: str = SAVE_MEMORY):
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"a device ran out of memory; {fix}") from error
+        told = str(error).partition("RESOURCE_EXHAUSTED")[2].strip(": ").partition("\n")[0].rstrip(".")[:200]
+        counted = f" ({told})" if re.search(r"\d", told) else ""
+        raise UserError(f"a device ran out of memory{counted}; {fix}") from error
 
 
 class Collective(NamedTuple):
@@ -157,16 +165,24 @@ def collectives(program, mesh=None) -> list[Collective]:
 
 
 def _groups(line: str) -> list[list[int]] | None:
-    """Devices that talk to each other, numbered as in the program."""
-    if match := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", line):
-        return [[int(x) for x in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])]
+    """Devices that talk to each other, numbered as in the program; XLA has three ways to write them."""
+    numbers = lambda text: [int(x) for x in re.findall(r"\d+", text)]
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line):
+        return [numbers(group) for group in re.findall(r"\{([\d,]+)\}", match[1])]
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, order = ([int(x) for x in match[i].split(",")] for i in (1, 2))
-        numbers = np.arange(math.prod(order)).reshape(order)
-        if match[3]:
-            numbers = numbers.transpose([int(x) for x in match[3].split(",")])
-        return numbers.reshape(shape).tolist()
+        return _counted(numbers(match[2]), match[3] and numbers(match[3])).reshape(numbers(match[1])).tolist()
+    if match := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^:]*?)\}", line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        shape, named = list(sizes.values()), re.findall(r"'(\w+)'", match[4])
+        devices = _counted(numbers(match[2] or str(math.prod(shape))), match[3] and numbers(match[3])).reshape(shape)
+        axes = [list(sizes).index(name) for name in named]
+        return np.moveaxis(devices, axes, range(-len(axes), 0)).reshape(-1, math.prod(shape[a] for a in axes)).tolist()
     return None
+
+
+def _counted(shape: list[int], order: list[int] | None) -> np.ndarray:
+    """0, 1, 2, ... in a shape, its axes in another order."""
+    return np.arange(math.prod(shape)).reshape(shape).transpose(order or range(len(shape)))
 
 
 def _axes(groups: list[list[int]], mesh) -> str:

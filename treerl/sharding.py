@@ -61,9 +61,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -
             f"multiple of {slices}."
         )
     if slices == 1:
-        return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES)
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
     inner = [shape[0] // slices, *shape[1:]]
-    return Mesh(mesh_utils.create_hybrid_device_mesh(inner, [slices, 1, 1], devices), AXES)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inner, [slices, 1, 1], devices, allow_split_physical_axes=True), AXES)
 
 
 def parameter_shardings(mesh: Mesh, axes, shapes, *, gathered: bool = False):
@@ -133,6 +133,12 @@ def own_rows(where: NamedSharding, count: int) -> np.ndarray:
     """Rows of a first axis of size `count` that this process's devices hold, ascending."""
     cuts = where.addressable_devices_indices_map((count,)).values()
     return np.unique(np.concatenate([np.arange(count)[cut[0]] for cut in cuts]))
+
+
+def shapes(tree, where: NamedSharding):
+    """A pytree of host arrays as the ShapeDtypeStructs of what `place` makes of them."""
+    dtype = jax.dtypes.canonicalize_dtype
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), dtype(np.asarray(x).dtype), sharding=where), tree)
 
 
 def place(tree, where: NamedSharding, rows: np.ndarray | None = None, count: int | None = None):

@@ -41,13 +41,13 @@ class CharTokenizer:
             ) from None
 
     def decode(self, ids) -> str:
-        """Text up to the first EOS; pads are skipped."""
+        """Text up to the first EOS; pads are skipped, and ids that only a larger vocabulary has are U+FFFD."""
         text = []
         for i in map(int, ids):
             if i == self.eos_id:
                 break
             if i != self.pad_id:
-                text.append(self.alphabet[i - 2])
+                text.append(self.alphabet[i - 2] if i < self.vocab_size else "\ufffd")
         return "".join(text)
 
     def decode_prompt(self, ids) -> str:

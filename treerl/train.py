@@ -42,8 +42,7 @@ def check_start(experiment: Experiment) -> None:
 
 def compile_step(experiment: Experiment, tell: bool) -> None:
     """Compiles the training step and tells the memory it takes. Raises UserError where that is not there."""
-    examples, index = experiment.stream().examples(0, experiment.config.sampler.prompts)
-    plan = experiment.compile_step(experiment.state_shape(), experiment.prompts(examples, index))
+    plan = experiment.compile_step()
     if tell:
         tqdm.write(f"memory of a step: {plan}", file=sys.stderr)  # not into a bar
     profiling.check_memory(plan)

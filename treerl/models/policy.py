@@ -69,7 +69,7 @@ def packed_hidden(model: Model, params: Params, token, position, stop, *, remat:
       token, position, stop: [N, C] int32, see `packing.Bins`.
     """
     module = model.merge(params)
-    hidden, _ = module(token, position, attention.packed(stop, position), remat=remat)
+    hidden, _ = module(token, position, attention.packed(stop, position, mesh=model.mesh), remat=remat)
     return module, hidden
 
 

@@ -1,0 +1,23 @@
+"""A step of an 8B model in the shapes of reasoning tasks, to see what it takes before there is hardware for it.
+
+    python -m launch.train --config=experiments/scale.py --compile_only --topology=v5e:8x8
+    python -m launch.train --config=experiments/scale.py:qwen3-4b --compile_only --topology=v5e:4x4
+
+Random weights in the sizes of Qwen3-8B, or of the preset named; 64 trees of 8 leaves a step, prompts of 512 tokens,
+answers of 1,024; activations in bfloat16, parameters and Adam's moments in float32, spread over mesh.fsdp. The
+examples are Countdown's: the task plays no part in what a step takes.
+"""
+from treerl.config import default
+
+
+def get_config(arg: str = ""):
+    config = default()
+    config.model.update(preset=arg or "qwen3-8b", dtype="bfloat16")
+    config.sampler.update(prompts=64, slots=8, prompt_length=512, answer_length=1024, segment=32)
+    config.branching.update(fill_after=64)
+    config.pruning.update(windows=(20, 30, 50))
+    config.learner.update(bin_tokens=2048, bins_per_step=1, vocab_chunk=512, remat=True)
+    config.warm_start.steps = 0
+    config.evaluation.update(batch=64)
+    config.mesh.update(data=1, fsdp=-1)
+    return config
