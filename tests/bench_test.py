@@ -33,6 +33,7 @@ TOY = {
         GROUP, segment=2, lengths=(), windows=(2,), bin_tokens=32, bins_per_step=1, vocab_chunk=16, remat=False,
         axes=("data",),
     ),
+    "checkpoint": dict(preset="toy", layers=1, repeats=1),
 }  # fmt: skip
 FIELDS = {"suite", "name", "value", "unit", "shapes", "device"}
 
@@ -192,7 +193,7 @@ def launch(module, *flags):
 def test_unknown_suite_is_one_sentence():
     result = launch("bench", "--suite=nothing")
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.strip() == "--suite=nothing is unknown; the suites are sampler, learner, step, estimators, pruning, devices, scaling."
+    assert result.stderr.strip() == "--suite=nothing is unknown; the suites are sampler, learner, step, estimators, pruning, devices, scaling, checkpoint."
 
 
 def test_evaluating_no_run_is_one_sentence(tmp_path):
