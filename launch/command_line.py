@@ -47,7 +47,7 @@ def _mistake(error: flags.Error) -> Exception:
         mine = cause if isinstance(cause, UserError) else mine
     if mine or "Error whilst parsing config file" in text:
         return mine or error
-    if missing := re.match(r"flag --(\w+)=None: ", text):
+    if missing := re.search(r"flag --(\w+)=None: ", text):
         return UserError(f"--{missing[1]} is missing; add --{missing[1]}=VALUE, see --help.")
     if dotted := re.match(r"flag --config\.([\w.]+)=.*does not accept dots", text):
         return UserError(f"{dotted[1]} has a name with a dot, which a config cannot hold; write package/module:function.")

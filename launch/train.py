@@ -21,20 +21,16 @@ from launch import entry
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a file with get_config(arg).")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: metrics, checkpoints, report.")
 _PROFILE = flags.DEFINE_string(
-    "profile",
-    None,
+    "profile", None,
     "Steps to trace with jax.profiler into WORKDIR/profile, FIRST:LAST, both included, such as 3:5: the first step of "
     "a process compiles, and a trace grows by megabytes a step. To look: tensorboard --logdir=WORKDIR with the "
     "plugin xprof, or open its trace.json.gz in ui.perfetto.dev.",
-)
-_COMPILE_ONLY = flags.DEFINE_bool(
-    "compile_only", False, "Compile the training step, print the memory, work and communication it takes, and stop."
-)
+)  # fmt: skip
+_COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile a step, print the memory, work and communication it takes, and stop.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "With --compile_only: TPUs that need not be there, such as v5e:8x8.")
 flags.mark_flag_as_required("config")
-flags.register_multi_flags_validator(
-    ["workdir", "compile_only"], lambda f: f["workdir"] or f["compile_only"], "flag --workdir=None: missing"
-)
+needs_workdir = lambda f: f["workdir"] or f["compile_only"]
+flags.register_multi_flags_validator(["workdir", "compile_only"], needs_workdir, "flag --workdir=None: missing")
 
 
 def main():
@@ -48,10 +44,7 @@ def main():
 
     if _COMPILE_ONLY.value:
         found = plan.plan(_CONFIG.value, _TOPOLOGY.value)
-        if processes.is_first():
-            print(plan.table(found), file=sys.stderr)
-            print(json.dumps(found))
-        return
+        return print(plan.table(found), file=sys.stderr) or print(json.dumps(found))
     profile = parse_span(_PROFILE.value, _CONFIG.value.steps)
     try:
         summary = train(_CONFIG.value, _WORKDIR.value, profile=profile)

@@ -210,9 +210,9 @@ def main(folder: str):
     assert jax.device_count() == 8
     for name, sizes in MESHES.items():
         tiny = Tiny(sharding.make_mesh(**sizes))
-        embedding = tiny.state().params["embedding"]
-        shard = embedding.addressable_shards[0].data.shape
-        assert shard == (12 // sizes.get("tensor", 1), 16 // sizes["fsdp"]), shard  # it is cut indeed
+        down = tiny.state().params["blocks"]["down"]
+        shard = down.addressable_shards[0].data.shape
+        assert shard == (1, 16 // sizes.get("tensor", 1), 16 // sizes["fsdp"]), shard  # it is cut indeed
         if "tensor" not in sizes:
             assert not token_loop_collectives(tiny), token_loop_collectives(tiny)
         with with_trees():
@@ -346,13 +346,13 @@ def test_mesh_covers_all_devices():
 
 
 def test_mesh_sizes(monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 8)
     monkeypatch.setattr(jax, "devices", lambda: list(range(8)))
     monkeypatch.setattr(sharding, "Mesh", lambda devices, axes: dict(zip(axes, devices.shape)))
     shape = lambda *sizes: dict(zip(("data", "fsdp", "tensor"), sizes))
     assert sharding.make_mesh(data=-1, fsdp=2) == shape(4, 2, 1)
     assert sharding.make_mesh(data=2, fsdp=-1, tensor=2) == shape(2, 2, 2)
     assert sharding.make_mesh(data=1, fsdp=1, tensor=8) == shape(1, 1, 8)
+    assert sharding.make_mesh(tensor=2, devices=[5, 6]) == shape(1, 1, 2)
     for bad in (dict(data=-1, fsdp=-1), dict(data=0), dict(fsdp=-2)):
         sizes = dict(data=-1, fsdp=1, tensor=1) | bad
         with pytest.raises(UserError) as error:
@@ -369,6 +369,43 @@ def test_mesh_sizes(monkeypatch):
             f"mesh.data={sizes['data']}, mesh.fsdp={sizes['fsdp']}, mesh.tensor=1 does not fit the number of "
             "devices, 8; set sizes that multiply to 8, or one of them to -1 for the rest."
         )
+
+
+class Chip:
+    """Stands for a TPU of a slice: what `mesh_utils` reads of it."""
+
+    platform, device_kind, core_on_chip, process_index = "tpu", "TPU v5 lite", 0, 0
+
+    def __init__(self, number: int, of_slice: int, side: int):
+        self.id, self.slice_index, self.coords = number, of_slice, (number % side, number // side % side, 0)
+
+    def __repr__(self):
+        return f"{self.slice_index}:{self.coords}"
+
+
+def test_slices_have_their_own_part_of_data(monkeypatch):
+    monkeypatch.setattr(sharding, "Mesh", lambda devices, axes: devices)
+    chips = [Chip(i, s, 2) for s in (1, 0) for i in range(4)]
+    mesh = sharding.make_mesh(data=-1, fsdp=2, tensor=2, devices=chips)
+    assert mesh.shape == (2, 2, 2)
+    assert [{chip.slice_index for chip in part.flat} for part in mesh] == [{0}, {1}]
+    mesh = sharding.make_mesh(data=4, tensor=2, devices=chips)
+    assert [{chip.slice_index for chip in part.flat} for part in mesh] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(UserError) as error:
+        sharding.make_mesh(data=1, fsdp=-1, devices=chips)
+    assert str(error.value) == (
+        "mesh.data=1, mesh.fsdp=-1, mesh.tensor=1 cannot span 2 slices, of which each needs its own part of mesh.data=1; "
+        "make that a multiple of 2."
+    )
+
+
+def test_neighbours_of_a_torus_are_neighbours_of_the_mesh(monkeypatch):
+    """Not the order in which devices are counted: along tensor, the innermost axis, all chips lie in one line."""
+    monkeypatch.setattr(sharding, "Mesh", lambda devices, axes: devices)
+    chips = [Chip(i, 0, 4) for i in np.random.default_rng(0).permutation(16)]
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=4, devices=chips)
+    for line in (*mesh[0], *mesh[0].T):
+        assert 1 in (len({chip.coords[0] for chip in line}), len({chip.coords[1] for chip in line}))
 
 
 class Sizes:
