@@ -19,11 +19,11 @@ ROWS = [
     {"functions", "learner", "evaluate"},
     {"step"},
     {"experiment"},
-    {"warm_start", "plan", "bench"},
+    {"warm_start", "plan", "sweep", "bench"},
     {"train"},
 ]
 ROW_OF = {unit: number for number, row in enumerate(ROWS) for unit in row}
-READS_CONFIG = {"config", "workdir", "functions", "experiment", "warm_start", "plan", "train", "bench"}
+READS_CONFIG = {"config", "workdir", "functions", "experiment", "warm_start", "plan", "sweep", "train", "bench"}
 TOP_LEVEL = {"setup.py", "README.md", "LICENSE", "treerl", "experiments", "launch", "notebooks", "tests"}
 FORBIDDEN = ("tensorflow", "torch")
 
