@@ -34,6 +34,13 @@ TOY = {
         axes=("data",),
     ),
     "checkpoint": dict(preset="toy", layers=1, repeats=1),
+    "meshes": dict(
+        steps=2, warm_start=10, shapes=((2, 1, 1),), shapes_heads8=(), two_processes=(),
+        changes=(
+            "task.train_size=32", "task.heldout_size=8", "model.layers=1", "model.width=16", "model.hidden=16", "sampler.prompts=4",
+            "sampler.slots=4", "warm_start.batch=8", "evaluation.batch=8", "evaluation.samples=2",
+        ),
+    ),
 }  # fmt: skip
 FIELDS = {"suite", "name", "value", "unit", "shapes", "device"}
 
@@ -47,6 +54,12 @@ def toy(monkeypatch):
 def run(suite):
     one = dict(devices=jax.devices()[:1] * 2) if suite == "devices" else {}
     return list(SUITES[suite](**one, **TOY[suite]))
+
+
+def test_two_devices_grow_the_trees_of_one():
+    found = {name: row["value"] for name, row in named("meshes").items()}
+    assert found["2x1x1.first_step"] == 1 and found["2x1x1.same_steps"] == 2
+    assert 0 < found["2x1x1.metrics"] < 1e-3  # rounding shows, and nothing else does
 
 
 def named(suite):
@@ -193,7 +206,7 @@ def launch(module, *flags):
 def test_unknown_suite_is_one_sentence():
     result = launch("bench", "--suite=nothing")
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.strip() == "--suite=nothing is unknown; the suites are sampler, learner, step, estimators, pruning, devices, scaling, checkpoint."
+    assert result.stderr.strip() == "--suite=nothing is unknown; the suites are sampler, learner, step, estimators, pruning, devices, scaling, checkpoint, meshes."
 
 
 def test_evaluating_no_run_is_one_sentence(tmp_path):

@@ -92,7 +92,8 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, signals: S
             begin -= extra["seconds"]  # of earlier processes of this run
         else:
             state, extra = begin_run(experiment, workdir, progress, signals)
-            checkpoints.save(0, state, extra=extra | dict(seconds=time.monotonic() - begin), metric=extra["before"]["pass@1"])
+            extra["seconds"] = time.monotonic() - begin
+            checkpoints.save(0, state, extra=extra, metric=extra["before"]["pass@1"])
             checkpoints.wait()
         warm_start.forget(workdir)
         run = Run(experiment, workdir, checkpoints, signals, state, extra, begin, progress)
