@@ -16,6 +16,7 @@ setup(
         "flax",
         "optax",
         "orbax-checkpoint",
+        "etils[epath]",  # paths, also of object stores
         "chex",
         "einops",
         "tensorflow-datasets",  # tfds.data_source reads without TensorFlow
@@ -36,9 +37,10 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda12]"],
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", "gcsfs"],
+        "gcs": ["gcsfs"],  # workdirs on gs://
         "gym": ["reasoning-gym"],  # a hundred text tasks
-        "test": ["pytest", "pytest-xdist", "reasoning-gym"],
+        "test": ["pytest", "pytest-xdist", "reasoning-gym", "gcsfs", "gcp-storage-emulator"],
         "notebooks": ["jupyter", "nbconvert", "ipykernel"],
     },
 )

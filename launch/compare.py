@@ -10,6 +10,7 @@ import json
 import os
 
 from absl import flags
+from etils import epath
 
 from launch import entry
 
@@ -27,7 +28,7 @@ def main():
     for run in _RUN.value:
         name, _, folder = run.partition(":")
         path = os.path.join(folder, "metrics.jsonl")
-        if not folder or not os.path.exists(path):
+        if not folder or not epath.Path(path).exists():
             raise UserError(f"--run={run!r} names no run; write NAME:WORKDIR, with the workdir of launch.train.")
         runs.setdefault(name, []).append(metrics.read(path))
     with writing(f"--out={_OUT.value}", "name a file in a folder that can."):

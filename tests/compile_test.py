@@ -106,18 +106,21 @@ def check_a_vocabulary_that_is_cut_changes_nothing():
 
 
 def check_work_stays_with_the_device():
-    """Weak scaling: eight trees a device, and what the compiler counts for each stays within 10%."""
-    for axis in ("data", "fsdp"):
-        found = {}
-        for count in (1, 2, 8):
-            mesh = sharding.make_mesh(**(dict(data=1) | {axis: count}), devices=jax.devices()[:count])
-            tiny = wide(mesh)
-            batch = jax.tree.map(lambda x: np.tile(np.asarray(x), (count,) + (1,) * (x.ndim - 1)), tiny.prompts())
-            shapes = jax.eval_shape(lambda: S.init_state(tiny.fns, 0)), sharding.shapes(batch, tiny.trees)
-            found[count] = tiny.step.lower(*shapes, tiny.knobs).compile().cost_analysis()
-        for name in ("flops", "bytes accessed"):
-            for count in (2, 8):
-                assert 0.9 < found[count][name] / found[1][name] < 1.1, (axis, name, {k: v[name] for k, v in found.items()})
+    """Weak scaling: eight trees a device, and what the compiler counts for each stays within 10% of one device alone.
+
+    Along fsdp it may shrink: a device has its part of the optimizer alone.
+    """
+
+    def cost(count, **sizes):
+        tiny = wide(sharding.make_mesh(**sizes, devices=jax.devices()[:count]))
+        batch = jax.tree.map(lambda x: np.tile(np.asarray(x), (count,) + (1,) * (x.ndim - 1)), tiny.prompts())
+        shapes = jax.eval_shape(lambda: S.init_state(tiny.fns, 0)), sharding.shapes(batch, tiny.trees)
+        return tiny.step.lower(*shapes, tiny.knobs).compile().cost_analysis()
+
+    one, data, fsdp = cost(1, data=1), cost(8, data=8), cost(8, data=1, fsdp=8)
+    for name in ("flops", "bytes accessed"):
+        assert 0.9 < data[name] / one[name] < 1.1, (name, data[name], one[name])
+        assert 0.8 < fsdp[name] / one[name] < 1.1, (name, fsdp[name], one[name])
 
 
 def main(folder: str):

@@ -173,7 +173,7 @@ def test_every_field_was_thought_of():
         "advantage.name", "advantage.options", "advantage.multipliers", "branching.rule", "learner.aggregation",
         "learner.forced", "learner.importance", "learner.kl_estimate", "learner.objective", "learner.proximal",
         "optimizer.ess", "optimizer.schedule", "pruning.backward", "pruning.backward_options", "pruning.rule",
-        "pruning.options", "pruning.weights", "mesh.data", "mesh.fsdp", "mesh.tensor",
+        "pruning.options", "pruning.weights", "model.preset", "mesh.data", "mesh.fsdp", "mesh.tensor",
         "model.source", "text.source", "text.heldout", "text.options", "text.graders",
         "text.right",
     }  # fmt: skip

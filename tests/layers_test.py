@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # A module imports from rows above its own, never from its own; a package may import inside itself.
 ROWS = [
     {"errors"},
-    {"types", "masked", "config", "sharding", "tokenizers", "graders", "processes"},
+    {"types", "masked", "config", "sharding", "tokenizers", "graders", "processes", "files"},
     {"tree", "attention", "optimizer", "checkpoint", "tasks", "workdir", "supervision"},
     {"models", "prompts", "branching", "pruning", "survival", "compaction", "nucleus"},
     {"sampler", "rewards", "advantages", "thinning", "packing", "losses", "metrics", "events", "profiling", "draw", "report"},

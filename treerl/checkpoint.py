@@ -22,6 +22,7 @@ from etils import epath
 
 from treerl import processes
 from treerl.errors import UserError
+from treerl.files import remote, write_text
 
 FORGET = "delete it to go on without a best checkpoint"
 VERSION = 2  # of what lies in a checkpoint; 1 had folders latest and best
@@ -44,7 +45,7 @@ class Checkpoints:
 
     def __init__(self, workdir, *, read_only: bool = False, keep: int = 1, keep_every: int = 0):
         root = str(workdir)
-        if "://" not in root:
+        if not remote(root):
             root = os.path.abspath(root)
         self._read_only, self._keep, self._keep_every = read_only, keep, keep_every
         folder, self._known = epath.Path(f"{root}/checkpoints"), epath.Path(f"{root}/checkpoints.json")
@@ -173,9 +174,7 @@ class Checkpoints:
         """Before the checkpoint itself, which after a kill would be there without it."""
         self._metrics = {s: x for s, x in self._metrics.items() if s < step} | {step: metric}
         if processes.is_first():
-            temporary = self._known.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self._metrics))
-            temporary.replace(self._known)
+            write_text(self._known, json.dumps(self._metrics))
 
     def _restore(self, step, abstract_state, fix: str):
         self.wait()

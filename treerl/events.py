@@ -8,9 +8,12 @@ import time
 
 import numpy as np
 from absl import logging
+from etils import epath
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
+
+from treerl.files import Growing
 
 
 class EventFile:
@@ -29,10 +32,13 @@ class EventFile:
     def __init__(self, folder, resume_step: int):
         self._folder, self._file = os.fspath(folder), None
         try:
-            os.makedirs(self._folder, exist_ok=True)
+            there = epath.Path(self._folder)
+            there.mkdir(parents=True, exist_ok=True)
+            earlier = len(list(there.iterdir())) if there.exists() else 0  # in an object store it is there with its first file
             # TensorBoard reads a folder's files in the order of their names.
-            name = f"events.out.tfevents.{time.time():010.0f}.{len(os.listdir(self._folder)):04}.{socket.gethostname()}"
-            self._file = open(os.path.join(self._folder, name), "xb", buffering=0)
+            name = f"events.out.tfevents.{time.time():010.0f}.{earlier:04}.{socket.gethostname()}"
+            self._stored = Growing(os.path.join(self._folder, name))
+            self._file = open(self._stored.path, "xb", buffering=0)
         except OSError as error:
             self._give_up(error)
         self._append(Event(file_version="brain.Event:2"))
@@ -69,9 +75,15 @@ class EventFile:
         )  # fmt: skip
         self.close()
 
+    def upload(self) -> None:
+        """Brings an object store up to date."""
+        if self._file is not None:
+            self._stored.upload()
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+            self._stored.upload()
         self._file = None
 
     def __enter__(self):

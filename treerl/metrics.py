@@ -7,10 +7,12 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from treerl import masked
 from treerl import tree as T
 from treerl.errors import UserError
+from treerl.files import Growing
 
 
 class LinesFile:
@@ -29,8 +31,8 @@ class LinesFile:
     """
 
     def __init__(self, path, resume_step: int):
-        path = os.fspath(path)
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        self._stored = Growing(path)
+        path = self._stored.path
         kept = (
             [line for line in read(path) if line["step"] <= resume_step]
             if os.path.exists(path)
@@ -49,8 +51,13 @@ class LinesFile:
         self._file.write(_dump(line))
         self._file.flush()
 
+    def upload(self) -> None:
+        """Brings an object store up to date, before a checkpoint from which later lines are written again."""
+        self._stored.upload()
+
     def close(self) -> None:
         self._file.close()
+        self.upload()
 
     def __enter__(self):
         return self
@@ -93,8 +100,7 @@ def read(path) -> list[dict]:
     Raises:
       ValueError: a line before the last is no JSON object with a "step".
     """
-    with open(path, encoding="utf-8", errors="replace") as file:
-        text = file.read()
+    text = epath.Path(path).read_bytes().decode("utf-8", errors="replace")
     lines = text.split("\n")
     parsed = []
     for number, line in enumerate(lines, start=1):

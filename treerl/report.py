@@ -2,7 +2,6 @@
 
 import html
 import io
-import os
 from fnmatch import fnmatch
 
 import matplotlib
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from treerl.errors import UserError
+from treerl.files import write_text
 
 # (title, patterns of the metrics drawn together), the most wanted first; what no pattern knows is drawn as "other".
 GROUPS = (
@@ -102,11 +102,7 @@ def write_report(
         ),
     ]
     body = "\n".join(f"<h2>{heading}</h2>\n{text}" for heading, text in sections if text)
-    path = os.fspath(path)
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(_PAGE.format(title=html.escape(title), body=body))
-    os.replace(path + ".tmp", path)
+    write_text(path, _PAGE.format(title=html.escape(title), body=body))
 
 
 def _tree(caption: str, svg: str, text: str) -> str:

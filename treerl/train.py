@@ -166,6 +166,8 @@ class Run:
     def save(self, metric: float | None = None, **more) -> None:
         """Saves the state between two steps; `more` is kept beside it this once."""
         self.extra["seconds"] = time.monotonic() - self.begin
+        for file in (self._metrics, self._samples, self._events) if processes.is_first() else ():
+            file.upload()
         self.checkpoints.save(self.done, self.state, extra=self.extra | more, metric=metric)
 
     def stop_if_asked(self, **unfinished) -> None:

@@ -1,11 +1,12 @@
 """The config.json of a run's folder, which says whose folder it is."""
 import json
-import os
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from treerl.config import fields
 from treerl.errors import UserError
+from treerl.files import write_text
 
 
 def claim(workdir: str, config: ConfigDict) -> None:
@@ -32,15 +33,14 @@ def claim(workdir: str, config: ConfigDict) -> None:
 
 def has_config(workdir: str) -> bool:
     """Whether a run has claimed this folder."""
-    return os.path.exists(os.path.join(workdir, "config.json"))
+    return (epath.Path(workdir) / "config.json").exists()
 
 
 def read_config(workdir: str) -> dict:
     """The config.json of a workdir."""
-    path = os.path.join(workdir, "config.json")
+    path = epath.Path(workdir) / "config.json"
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return json.loads(path.read_text())
     except OSError as error:
         raise UserError(
             f"workdir={workdir} has no config.json; give the workdir of a run made by launch.train."
@@ -51,8 +51,4 @@ def read_config(workdir: str) -> dict:
 
 def write_config(workdir: str, config: ConfigDict) -> None:
     """Writes config.json into a workdir, made if missing; all of it or nothing."""
-    os.makedirs(workdir, exist_ok=True)
-    path = os.path.join(workdir, "config.json")
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(config.to_json_best_effort(indent=2))
-    os.replace(path + ".tmp", path)
+    write_text(epath.Path(workdir) / "config.json", config.to_json_best_effort(indent=2))
