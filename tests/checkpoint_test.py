@@ -324,6 +324,45 @@ def test_half_deleted_folders_do_no_harm(tmp_path):
     assert steps_on_disk(tmp_path) == ["3"]
 
 
+CHAIN = """
+import sys
+import jax, numpy as np
+sys.path.insert(0, sys.argv[2])
+from sharding_test import Tiny
+from treerl import sharding
+from treerl.checkpoint import Checkpoints, abstract
+made, saved = {}, None
+for shape in ((2, 2, 2), (1, 4, 1), (1, 1, 1), (2, 2, 2)):
+    if shape not in made:
+        mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+        made[shape] = Tiny(mesh)
+    tiny = made[shape]
+    with Checkpoints(sys.argv[1]) as checkpoints:
+        found = checkpoints.restore_latest(abstract(jax.eval_shape(tiny.state), tiny.shardings))
+        if saved is None:
+            assert found is None
+            state = tiny.state()
+        else:
+            step, state, extra = found
+            assert step == extra["step"] == int(state.step) and len(jax.tree.leaves(state)) == len(saved)
+            for leaf, where, before in zip(jax.tree.leaves(state), jax.tree.leaves(tiny.shardings), saved):
+                np.testing.assert_array_equal(np.asarray(leaf), before)
+                assert leaf.sharding == where
+        before = np.asarray(state.params["embedding"])
+        state, metrics = tiny.step(state, tiny.prompts(), tiny.knobs)
+        assert metrics["grad_norm"] > 0 and np.any(np.asarray(state.params["embedding"]) != before)
+        saved = [np.asarray(x) for x in jax.tree.leaves(state)]
+        checkpoints.save(int(state.step), state, extra=dict(step=int(state.step)))
+print("ok", int(state.step))
+"""
+
+
+def test_a_run_goes_on_from_8_to_4_to_1_to_8_devices(tmp_path):
+    """What is restored has every bit of what was saved, lies as the mesh says, and a step changes it."""
+    run = run_python(CHAIN, tmp_path, ROOT / "tests", devices=8)
+    assert run.stdout == "ok 4\n", run.stderr[-3000:]
+
+
 RESHARDED = """
 import sys
 import jax, jax.numpy as jnp, numpy as np

@@ -3,7 +3,8 @@
 The default Countdown experiment in float32, after a short warm start on one device, takes some steps on one device and
 on eight simulated ones in every shape of eight, and as two processes with four devices each; every run in processes
 of its own. The trees of each step are compared with those of one device, see `bench.devices.compare`, and so are the
-metrics. The model's two key heads allow two devices along tensor; four and eight are tried with eight heads.
+metrics. A draw on the border between two tokens can fall to either side where logits differ by rounding: the suite
+says by how much they do (drift), and how far apart the two tokens' log-probs are (first_logit_gap). The model's two key heads allow two devices along tensor; four and eight are tried with eight heads.
 """
 import dataclasses
 import functools
@@ -61,6 +62,7 @@ def rows(**sizes):
                 yield row(f"{name}.same_steps", until, "steps before a tree differs")
                 yield row(f"{name}.metrics", _difference(wanted, found, until), "largest relative difference before that")
                 yield row(f"{name}.all_metrics", _difference(wanted, found, len(same)), "largest relative difference of all steps")
+                yield row(f"{name}.drift", max(x["drift"] for x in trees), "nats, largest difference of log-probs before that")
                 gaps = [gap for x in trees for gap in x["gap"]]
                 if gaps:
                     yield row(f"{name}.first_logit_gap", gaps[0], "nats, of the two tokens of the first difference")
