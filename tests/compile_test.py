@@ -171,7 +171,7 @@ def compile_only(folder, *flags, devices=8):
     command = [sys.executable, "-m", "launch.train", "--config=experiments/countdown.py", "--compile_only", *flags]
     command += [f"--config.model.{k}={v}" for k, v in SMALL.items()] + [f"--config.data_dir={folder}", "--config.task.train_size=16"]
     command += ["--config.sampler.prompts=16", "--config.task.heldout_size=16", "--config.evaluation.batch=16"]
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1", JAX_ENABLE_COMPILATION_CACHE="0")
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1", JAX_COMPILATION_CACHE_DIR=f"{folder}/programs")
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -194,6 +194,11 @@ def test_compile_only_tells_what_a_step_takes(tmp_path):
     assert any(re.match(r"memory of a device +0.00 GB: arguments", line) for line in table)
     assert any(re.match(r"the largest +\S+ of \w+\[[\d,]+\] over ", line) for line in table)
     assert not list(tmp_path.glob("*.json"))
+    stored = lambda: sorted(path.name for path in (tmp_path / "programs").iterdir() if path.name.endswith("-cache"))
+    before = stored()
+    again = compile_only(tmp_path, "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    assert stored() == before and any("train_step" in name for name in before)  # another process finds what this one compiled
+    assert json.loads(again.stdout) == found
 
 
 def test_a_topology_without_libtpu_or_unknown(monkeypatch):

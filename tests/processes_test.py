@@ -61,7 +61,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(folder: pathlib.Path, workdir: str, count: int, devices: int, only=None, own=(), cwd=None, flags=(), **changes):
+def start(folder: pathlib.Path, workdir: str, count: int, devices: int, only=None, own=(), cwd=None, flags=(), entry="train", **changes):
     """Starts a run in `count` processes of `devices` simulated devices; `own` flags, a tuple for each of them."""
     port, runs = free_port(), []
     environment = dict(
@@ -70,8 +70,10 @@ def start(folder: pathlib.Path, workdir: str, count: int, devices: int, only=Non
         PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
     )  # fmt: skip
     for i in range(count):
-        command = [sys.executable, "-m", "launch.train", f"--config={ROOT}/experiments/countdown.py", f"--workdir={workdir}"]
-        command += [f"--config.{name}={value}" for name, value in (SIZES | changes).items()] + list(flags)
+        command = [sys.executable, "-m", f"launch.{entry}", f"--workdir={workdir}", *flags]
+        if entry == "train":
+            command += [f"--config={ROOT}/experiments/countdown.py"]
+            command += [f"--config.{name}={value}" for name, value in (SIZES | changes).items()]
         if count > 1:
             command += [f"--coordinator_address=localhost:{port}", f"--num_processes={count}", f"--process_id={i}"]
         command += own[i] if own else ()
@@ -243,6 +245,16 @@ def test_two_processes_write_the_files_of_one(whole):
     for name in ("report.html", "tensorboard"):
         assert (folder / "end" / name).stat().st_mtime > (folder / "one" / name).stat().st_mtime
     assert len(list((folder / "end/tensorboard").glob("events*"))) == 2
+
+
+def test_two_processes_evaluate_what_one_trained(whole):
+    folder, summary = whole
+    runs, _ = start(folder, "one", 2, 2, entry="evaluate")
+    status, output = end(runs)
+    assert status == [0, 0] and "{" not in output[1]
+    scores = json.loads(output[0].splitlines()[-1])
+    last = story(folder / "one")[-1]
+    assert scores == {name: last[name] for name in scores if name != "step"} | dict(step=6)
 
 
 def test_rows_of_each_process():
