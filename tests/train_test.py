@@ -136,7 +136,8 @@ def kill_at_random(run: subprocess.Popen, workdir: pathlib.Path, moment: str, rn
             wait_until(run, lambda: half_written(workdir))
         time.sleep(0.03 * rng.random())
     kill(run)
-    return dict(moment=moment, steps=steps_written(lines), half_written=half_written(workdir))
+    saved = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
+    return dict(moment=moment, steps=steps_written(lines), half_written=half_written(workdir), saved=max(saved, default=0))
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,12 @@ def test_the_run_was_killed_at_all_kinds_of_moments(runs):
     assert any(0 < kill["steps"] < STEPS for kill in kills)
     inside = [kill for kill in kills if kill["half_written"] and kill["moment"] != "start"]  # a start finds old ones
     assert len(inside) >= KILLS // 4
+
+
+def test_a_kill_costs_at_most_the_checkpoint_that_was_being_written(runs):
+    """With a checkpoint every step: that one, and the step under way."""
+    assert [kill for kill in runs["kills"] if kill["steps"] - kill["saved"] > 2] == []
+    assert any(kill["saved"] for kill in runs["kills"])
 
 
 def test_a_killed_run_repeats_the_same_numbers(runs):
