@@ -36,6 +36,8 @@ def run(main, *, together: bool = False) -> None:
                 standard_logging.getLogger(name).setLevel(standard_logging.CRITICAL)
             sys.unraisablehook = lambda _: None
         if not together:
+            if any(flag.present for flag in (_ADDRESS, _COUNT, _NUMBER)):
+                raise UserError("this command runs in one process; leave out --coordinator_address, --num_processes and --process_id.")
             return main()
         from treerl import processes  # after the flags: a wrong one must not cost the import of jax
 

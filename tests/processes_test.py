@@ -125,6 +125,14 @@ def test_flags_that_cannot_be(given, sentence):
     assert str(error.value) == sentence
 
 
+def test_a_command_of_one_process(tmp_path):
+    runs, _ = start(tmp_path, "run", 2, 1, only=1, entry="export", flags=["--folder=out"])
+    assert end(runs) == ([1], [""])
+    assert (tmp_path / "run.1.log").read_text() == (
+        "this command runs in one process; leave out --coordinator_address, --num_processes and --process_id.\n"
+    )
+
+
 def test_processes_started_with_different_configs(tmp_path):
     runs, _ = start(tmp_path, "run", 2, 1, own=[("--config.seed=1",), ("--config.seed=2",)])
     assert end(runs)[0] == [1, 1]

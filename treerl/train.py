@@ -101,6 +101,7 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, signals: S
         with run.files(), profiling.Trace(os.path.join(workdir, "profile"), profile if processes.is_first() else None, run.done) as trace:
             run.resume()
             if run.done < config.steps:
+                run.stop_if_asked()
                 text = f"stopped before step {run.done + 1} of {config.steps}, nothing is lost; the same command goes on from there."
                 with signals.nothing_to_lose(text):
                     if not new:
