@@ -78,6 +78,7 @@ class Signals:
             if self._idle and number[0] in self._numbers:
                 os.write(2, f"\n{signal.Signals(number[0]).name}: {self._idle}\n".encode())
                 os._exit(AGAIN)
+        os.close(pipe)
 
     def _restore(self):
         while self._before:
