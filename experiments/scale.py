@@ -1,18 +1,21 @@
 """A step of an 8B model in the shapes of reasoning tasks, to see what it takes before there is hardware for it.
 
     python -m launch.train --config=experiments/scale.py --compile_only --topology=v5e:8x8
-    python -m launch.train --config=experiments/scale.py:qwen3-4b --compile_only --topology=v5e:4x4
+    python -m launch.train --config=experiments/scale.py:preset=qwen3-4b --compile_only --topology=v5e:4x4
 
 Random weights in the sizes of Qwen3-8B, or of the preset named; 64 trees of 8 leaves a step, prompts of 512 tokens,
 answers of 1,024; activations in bfloat16, parameters and Adam's moments in float32, spread over mesh.fsdp. The
 examples are Countdown's: the task plays no part in what a step takes.
 """
-from treerl.config import default
+from treerl.config import default, parse_arg
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str | None = None):
+    """One large step. arg: `seed=N`, and `preset=` one of treerl.models.presets."""
+    given = parse_arg(arg, seed=0, preset="qwen3-8b")
     config = default()
-    config.model.update(preset=arg or "qwen3-8b", dtype="bfloat16")
+    config.seed = given["seed"]
+    config.model.update(preset=given["preset"], dtype="bfloat16")
     config.sampler.update(prompts=64, slots=8, prompt_length=512, answer_length=1024, segment=32)
     config.branching.update(fill_after=64)
     config.pruning.update(windows=(20, 30, 50))
