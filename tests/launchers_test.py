@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import signal
 import subprocess
@@ -196,6 +197,26 @@ def test_pod_dry(place):
     for name, starts in others.items():
         _, output, _ = pod(place, name, "--dry_run")
         assert [" ".join(line.split()[3:5]) for line in output.splitlines()] == starts
+
+
+def test_pod_commands_do_what_they_say_on_a_worker(place):
+    """Flags with blanks and quotes arrive whole; the run's status ends up where tail and status look for it."""
+    worker = place / "worker"
+    shutil.copytree(place / "launch", worker / "treerl/launch")
+    (worker / "treerl/launch/local.sh").write_text('printf "<%s>" "$JAX_COMPILATION_CACHE_DIR" "$@"; exit 75\n')
+
+    def on_worker(verb, *flags):
+        _, output, _ = pod(place, verb, "--dry_run", *flags)
+        words = shlex.split(output.splitlines()[-1])
+        sent = next(word for word in words if word.startswith("--command="))[len("--command=") :]
+        return subprocess.run(["bash", "-c", sent], cwd=worker, capture_output=True, text=True, timeout=60)
+
+    assert on_worker("run", *RUN, "--config.text.options={'digits': 2}").returncode == 0
+    told = on_worker("tail")
+    assert told.returncode == 75 and told.stdout == (
+        "<gs://bucket/a run/programs><--config=experiments/countdown.py><--workdir=gs://bucket/a run><--config.text.options={'digits': 2}>"
+    )
+    assert on_worker("status").stdout.endswith(": 75\n")
 
 
 @pytest.mark.parametrize(
