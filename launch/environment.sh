@@ -20,6 +20,13 @@ fail() {
   exit 1
 }
 
+# Prints words as a shell reads them, on one line.
+quoted() {
+  local line
+  line="$(printf ' %q' "$@")"
+  echo "${line:1}"
+}
+
 # Prints the version of interpreter $1, such as 3.12; fails where it is missing or too old.
 python_version() {
   "$1" - "$oldest_python" 2>/dev/null <<'PY'

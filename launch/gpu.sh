@@ -40,13 +40,6 @@ for argument in "$@"; do
   esac
 done
 
-# Prints words as a shell reads them.
-quoted() {
-  local line
-  line="$(printf ' %q' "$@")"
-  echo "${line:1}"
-}
-
 on_slurm() {
   command -v srun >/dev/null || fail "this is a Slurm job, but there is no srun: load Slurm's module, or unset SLURM_JOB_ID."
   local command=(

@@ -69,13 +69,6 @@ fi
 [[ -n "$dry" ]] || command -v gcloud >/dev/null ||
   fail "gcloud is not installed: see https://cloud.google.com/sdk/docs/install, then gcloud auth login."
 
-# Prints words as a shell reads them, on one line.
-quoted() {
-  local line
-  line="$(printf ' %q' "$@")"
-  echo "${line:1}"
-}
-
 # Runs a command, or prints it.
 run_or_print() {
   if [[ -n "$dry" ]]; then

@@ -27,10 +27,10 @@ _PROFILE = flags.DEFINE_string(
     "plugin xprof, or open its trace.json.gz in ui.perfetto.dev.",
 )  # fmt: skip
 _COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile a step, print the memory, work and communication it takes, and stop.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "With --compile_only: TPUs that need not be there, such as v5e:8x8.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs that need not be there, such as v5e:8x8: compile a step for them, and stop.")
 flags.mark_flag_as_required("config")
-needs_workdir = lambda f: f["workdir"] or f["compile_only"]
-flags.register_multi_flags_validator(["workdir", "compile_only"], needs_workdir, "flag --workdir=None: missing")
+_STOPS = ["workdir", "compile_only", "topology"]
+flags.register_multi_flags_validator(_STOPS, lambda f: any(f.values()), "flag --workdir=None: missing")
 
 
 def main():
@@ -42,9 +42,8 @@ def main():
     from treerl.supervision import AGAIN, Interrupted
     from treerl.train import train
 
-    if _COMPILE_ONLY.value:
-        found = plan.plan(_CONFIG.value, _TOPOLOGY.value)
-        return print(plan.table(found), file=sys.stderr) or print(json.dumps(found))
+    if _COMPILE_ONLY.value or _TOPOLOGY.value:
+        return plan.tell(_CONFIG.value, _TOPOLOGY.value)
     profile = parse_span(_PROFILE.value, _CONFIG.value.steps)
     try:
         summary = train(_CONFIG.value, _WORKDIR.value, profile=profile)

@@ -140,6 +140,22 @@ def test_on_eight_devices(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text, groups",
+    [
+        ("replica_groups={{0,1},{2,3}}, use_global_device_ids=true", [[0, 1], [2, 3]]),
+        ("source_target_pairs={{0,2},{1,3}}, metadata", [[0, 2], [1, 3]]),
+        ("replica_groups=[2,2]<=[4], dimensions={0}", [[0, 1], [2, 3]]),
+        ("replica_groups=[4,2]<=[2,2,2]T(2,1,0), x", [[0, 4], [2, 6], [1, 5], [3, 7]]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, dimensions={2}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_0'}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("dimensions={0}", None),
+    ],
+)
+def test_groups_of_devices_as_xla_writes_them(text, groups):
+    assert profiling._groups(text) == groups
+
+
+@pytest.mark.parametrize(
     "kind, shape, depth, wrong",
     [
         ("all-gather", "f32[8,16,512]", 2, "tokens x vocabulary"),
@@ -231,6 +247,11 @@ def test_presets_give_sizes():
     config.preset = "qwen3-8b"
     made = functools.partial(functions.make_model, task=tiny_task())
     assert made(config, folder=None).config.width == 4096
+    config.preset = "tiny"
+    wide = types.SimpleNamespace(tokenizer=types.SimpleNamespace(vocab_size=22))
+    with pytest.raises(UserError) as error:
+        functions.make_model(config, wide, None)
+    assert str(error.value) == "model.preset='tiny' has 21 tokens and the task's tokenizer 22; choose a larger preset."
     config.preset = "qwen"
     with pytest.raises(UserError, match="model.preset='qwen' is unknown; known are tiny, smollm2-135m, "):
         made(config, folder=None)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 import sample_graders
 from sharding_test import on_eight_devices, quick_compiles
-from treerl import functions, rewards, sharding
+from treerl import functions, rewards
 from treerl import tree as T
 from treerl.config import default
 from treerl.errors import UserError

@@ -399,7 +399,7 @@ def launch_sweep(tmp_path, *flags):
 
 
 def test_sweep_submits_a_job_for_each(place):
-    command(place, "take", f'case "$*" in *seed=1*) exit 4 ;; esac')
+    command(place, "take", 'case "$*" in *seed=1*) exit 4 ;; esac')
     submit = f"--submit={place}/bin/take job"
     dry = launch_sweep(place, "--grid=seed=0,1,2", "--config.steps=3", submit, "--dry_run")
     flags = lambda i: f"--config=experiments/countdown.py --config.steps=3 --config.seed={i} --workdir={place}/sweep/seed={i}"

@@ -56,7 +56,8 @@ def default() -> ConfigDict:
         dict(
             source="",  # a published model: folder, .gguf file, organisation/name or smollm2-135m-instruct; then sizes and
             #             switches below, but for dtypes and lora, come from its config.json. "": random weights
-            preset="",  # random weights in the sizes of a known model, such as qwen3-8b, see treerl.models.presets
+            preset="",  # random weights in the sizes of a known model, such as qwen3-8b, see treerl.models.presets; what
+            #             follows is then as with source
             layers=3,  # blocks of attention and MLP
             width=96,  # D: of the residual stream
             heads=4,  # H: query heads

@@ -87,7 +87,7 @@ class Experiment:
                 f"evaluation.batch={batch} must divide over {shards} shards and into the {count} held-out "
                 "examples used; change evaluation.batch or evaluation.examples."
             )
-        self._heldout_starts = range(0, count, batch), batch
+        self._heldout_starts = range(0, count, batch)
         self.programs = []  # those of a training step that `compile_step` compiled
 
     @functools.cached_property
@@ -98,11 +98,9 @@ class Experiment:
     @functools.cached_property
     def _heldout(self) -> list:
         """Batches of held-out prompts, on the mesh."""
-        starts, batch = self._heldout_starts
-        return [
-            self.prompts([self.task.heldout[i] for i in range(start, start + batch)], np.arange(start, start + batch))
-            for start in starts
-        ]
+        starts, task = self._heldout_starts, self.task
+        batches = [range(start, start + starts.step) for start in starts]
+        return [self.prompts([task.heldout[i] for i in batch], np.asarray(batch)) for batch in batches]
 
     def prompts(self, examples, index):
         """Examples as prompts on the mesh; each process reads and encodes those of its own devices."""

@@ -264,7 +264,13 @@ def make_model(config, task: Task, folder: str | None, mesh: Mesh | None = None)
     if config.preset:
         if config.preset not in PRESETS:
             raise UserError(f"model.preset={config.preset!r} is unknown; known are {', '.join(PRESETS)}.")
-        return Model(TransformerConfig(**PRESETS[config.preset], **others), mesh)
+        preset = TransformerConfig(**PRESETS[config.preset], **others)
+        if task.tokenizer.vocab_size > preset.vocab:
+            raise UserError(
+                f"model.preset={config.preset!r} has {preset.vocab} tokens and the task's tokenizer {task.tokenizer.vocab_size}; "
+                "choose a larger preset."
+            )
+        return Model(preset, mesh)
     sizes = {name: value for name, value in config.items() if name not in ("source", "preset")}
     return Model(TransformerConfig(vocab=task.tokenizer.vocab_size, **sizes), mesh)
 

@@ -1,11 +1,13 @@
 """What a training step will take, from the compiler: memory, work and communication, without running it."""
+import json
 import os
+import sys
 
 import jax
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from treerl import profiling
+from treerl import processes, profiling
 from treerl.errors import UserError
 from treerl.experiment import Experiment
 
@@ -42,7 +44,7 @@ def plan(config: ConfigDict, topology: str | None = None) -> dict:
         counted[collective.kind] = [count + 1, size + collective.bytes]
     largest = max(found, key=lambda c: c.bytes, default=None)
     plans = [program.memory_analysis() for program in programs]
-    top = max(plans, key=lambda p: p.argument_size_in_bytes + p.output_size_in_bytes + p.temp_size_in_bytes)
+    top = max(plans, key=profiling.total_bytes)
     costs = [program.cost_analysis() for program in programs]
     device = mesh.devices.flat[0]
     return dict(
@@ -57,6 +59,14 @@ def plan(config: ConfigDict, topology: str | None = None) -> dict:
         collectives=counted,
         largest=largest and largest._asdict(),
     )  # fmt: skip
+
+
+def tell(config: ConfigDict, topology: str | None = None) -> None:
+    """Prints the plan, for reading on standard error and as a JSON line on standard output; of several processes the first."""
+    found = plan(config, topology)
+    if processes.is_first():
+        print(table(found), file=sys.stderr)
+        print(json.dumps(found))
 
 
 def table(found: dict) -> str:

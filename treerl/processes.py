@@ -2,7 +2,7 @@
 
 Every process runs the same host loop over the same global arrays, one a machine as a rule, so a decision that not all
 take alike (to stop, to save, whether a run is new) leaves some waiting for the others for ever. Such
-decisions go through `first_decides` and `anywhere`; files are written by the first process alone.
+decisions go through `first_decides` and `gather`; files are written by the first process alone.
 """
 import importlib.util
 import json
@@ -21,20 +21,20 @@ from treerl.errors import UserError
 HEARTBEAT_SECONDS = 60  # without a sign of life, then a process counts as dead and the others end
 
 
-def start(address: str | None = None, count: int | None = None, number: int | None = None, *, seconds: int = 300) -> None:
+def start(address: str | None = None, count: int | None = None, own: int | None = None, *, seconds: int = 300) -> None:
     """Joins the processes of a run; to be called before anything else asks JAX for devices.
 
     Without arguments Slurm, Open MPI and TPU VMs say themselves who belongs together; anywhere else, and where
     there is one process, nothing happens.
 
     Args:
-      address: HOST:PORT of the first process. count, number: of all processes, and this one's, from 0.
+      address: HOST:PORT of the first process. count: of all processes. own: this one's number, from 0.
       seconds: to wait for all of them; then this process ends with status 1 and a sentence that names the address.
 
     Raises:
       UserError: a part of the three is missing or cannot be.
     """
-    given = {"coordinator_address": address, "num_processes": count, "process_id": number}
+    given = {"coordinator_address": address, "num_processes": count, "process_id": own}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == 3:
         options = _surroundings()
@@ -45,8 +45,8 @@ def start(address: str | None = None, count: int | None = None, number: int | No
         raise UserError(f"--{missing[0]} is missing; give --coordinator_address, --num_processes and --process_id, or none.")
     elif not re.fullmatch(r".+:\d{1,5}", address):
         raise UserError(f"--coordinator_address={address} has no port; write HOST:PORT of the first process.")
-    elif not 0 <= number < count:
-        raise UserError(f"--process_id={number} is not in 0 .. {count - 1}; give each of the --num_processes={count} its own.")
+    elif not 0 <= own < count:
+        raise UserError(f"--process_id={own} is not in 0 .. {count - 1}; give each of the --num_processes={count} its own.")
     else:
         options, where = given, address
     # JAX aborts the process with a stack of C++ frames; this ends it with a sentence before.
@@ -118,11 +118,6 @@ def gather(value: int | float) -> list:
     return multihost_utils.process_allgather(np.asarray(value)).tolist()
 
 
-def anywhere(value: bool) -> bool:
-    """Whether it is so in any process; all of them ask together."""
-    return any(gather(bool(value)))
-
-
 def first_decides(value: bool) -> bool:
     """What the first process found; all of them ask together."""
     return bool(gather(bool(value))[0])
@@ -149,10 +144,10 @@ def check_same(values: dict) -> None:
     padded = np.zeros(max(gather(len(text))), np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
     first, *others = (json.loads(bytes(x).rstrip(b"\0")) for x in multihost_utils.process_allgather(padded))
-    for number, other in enumerate(others, 1):
+    for i, other in enumerate(others, 1):
         for name in sorted(first | other):
             if first.get(name) != other.get(name):
                 raise UserError(
-                    f"process {number} was started with {name}={other.get(name)!r}, process 0 with "
+                    f"process {i} was started with {name}={other.get(name)!r}, process 0 with "
                     f"{name}={first.get(name)!r}; start all of them with the same command and files."
                 )

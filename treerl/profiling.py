@@ -88,13 +88,15 @@ class Memory(NamedTuple):
         return f"{self.total / 1e9:.2f}{there} GB on each device, {self.temporary / 1e9:.2f} GB of it temporaries"
 
 
+def total_bytes(plan) -> int:
+    """Of a program's `memory_analysis`: arguments, results and temporaries, donated arguments once."""
+    return plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
+
+
 def memory(*programs) -> Memory:
     """What the greediest of some compiled programs (`jax.stages.Compiled`) takes, by the compiler's own plan."""
-    found = []
-    for program in programs:
-        plan = program.memory_analysis()
-        total = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
-        found.append((total - plan.alias_size_in_bytes, plan.temp_size_in_bytes))
+    plans = [program.memory_analysis() for program in programs]
+    found = [(total_bytes(plan), plan.temp_size_in_bytes) for plan in plans]
     device = next(iter(jax.tree.leaves(programs[0].input_shardings)[0].device_set))
     if device.platform == "tpu" and device not in jax.devices():  # a described one
         return Memory(*max(found), TPU_BYTES.get(device.device_kind))

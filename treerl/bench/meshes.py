@@ -4,7 +4,8 @@ The default Countdown experiment in float32, after a short warm start on one dev
 on eight simulated ones in every shape of eight, and as two processes with four devices each; every run in processes
 of its own. The trees of each step are compared with those of one device, see `bench.devices.compare`, and so are the
 metrics. A draw on the border between two tokens can fall to either side where logits differ by rounding: the suite
-says by how much they do (drift), and how far apart the two tokens' log-probs are (first_logit_gap). The model's two key heads allow two devices along tensor; four and eight are tried with eight heads.
+says by how much they do (drift), and how far apart the two tokens' log-probs are (first_logit_gap). The model's two
+key heads allow two devices along tensor; four and eight are tried with eight heads.
 """
 import dataclasses
 import functools
