@@ -14,10 +14,10 @@ import numpy as np
 
 from treerl import sharding
 from treerl import step as S
-from treerl.bench import measure, synthetic
+from treerl.bench import measure
+from treerl.bench.step import build, make_config
 from treerl.bench.step import defaults as step_defaults
-from treerl.bench.step import make_config
-from treerl.checkpoint import Checkpoints, abstract
+from treerl.checkpoint import Checkpoints
 from treerl.models.presets import PRESETS
 
 
@@ -33,12 +33,10 @@ def rows(**sizes):
     sizes = {**defaults(), **sizes}
     config = make_config(step_defaults() | sizes)
     config.model.layers = sizes["layers"]
-    vocab = PRESETS[sizes["preset"]]["vocab"]
     mesh = sharding.make_mesh(data=1, fsdp=-1)
     config.sampler.prompts = mesh.size
-    fns = S.make_fns(config, synthetic.task(vocab), mesh)
-    shardings = S.state_shardings(fns)
-    state = jax.jit(functools.partial(S.init_state, fns), static_argnums=0, out_shardings=shardings)(0)
+    built = build(config, PRESETS[sizes["preset"]]["vocab"], mesh)
+    state, shardings = built.arguments()[0], S.state_shardings(built.fns)
     noise = lambda x: x if x.ndim == 0 else x + jax.random.normal(jax.random.key(x.size), x.shape).astype(x.dtype)
     state = state.replace(opt_state=jax.jit(lambda t: jax.tree.map(noise, t), out_shardings=shardings.opt_state)(state.opt_state))
     row = functools.partial(measure.row, "checkpoint", shapes=sizes)
@@ -71,7 +69,7 @@ def rows(**sizes):
         yield row("asynchronous_over_copy", median["blocked"], "s", versus="copy", ratio=median["blocked"] / median["copy"])
         yield row("speed", size / median["whole"] / 1e9, "GB/s to disk")
         begin = time.perf_counter()
-        _, restored, _ = checkpoints.restore_latest(abstract(jax.eval_shape(lambda: state), shardings))
+        _, restored, _ = checkpoints.restore_latest(built.shapes[0])
         yield row("restore", time.perf_counter() - begin, "s")
         same = [np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(restored))]
         yield row("restored_equal", float(all(same)) * size, "bytes that are the same")

@@ -12,10 +12,9 @@ import jax
 import numpy as np
 
 from treerl import profiling, sharding
-from treerl import step as S
-from treerl.bench import measure, synthetic
+from treerl.bench import measure
+from treerl.bench.step import build, make_config
 from treerl.bench.step import defaults as step_defaults
-from treerl.bench.step import make_config
 from treerl.models.presets import PRESETS
 
 
@@ -24,26 +23,8 @@ def defaults() -> dict:
     return step_defaults() | dict(axes=("data", "fsdp", "tensor"))
 
 
-def compiled_step(sizes: dict, mesh, prompts: int):
-    """(program, function that makes its arguments) of the step suite's step on a mesh."""
-    config, vocab = make_config(sizes | dict(prompts=prompts)), PRESETS[sizes["preset"]]["vocab"]
-    task = synthetic.task(vocab)
-    fns = S.make_fns(config, task, mesh)
-    shardings, trees, whole = S.state_shardings(fns), sharding.trees(mesh), sharding.replicated(mesh)
-    step = jax.jit(
-        functools.partial(S.train_step, fns), in_shardings=(shardings, trees, whole), out_shardings=(shardings, whole),
-        donate_argnums=0,
-    )  # fmt: skip
-    init = jax.jit(functools.partial(S.init_state, fns), static_argnums=0, out_shardings=shardings)
-    knobs = S.make_knobs(config, task)
-    batch = synthetic.prompts(vocab, prompts, sizes["prompt"])
-    shapes = jax.eval_shape(lambda: S.init_state(fns, 0)), sharding.shapes(batch, trees), sharding.shapes(knobs, whole)
-    return step.lower(*shapes).compile(), lambda: (init(0), sharding.place(batch, trees), sharding.place(knobs, whole))
-
-
-def timed(program, arguments, repeats: int) -> float:
-    """Median seconds of a step; the first does not count."""
-    carry = arguments()
+def timed(program, carry: tuple, repeats: int) -> float:
+    """Median seconds of a step from (state, prompts, knobs); the first does not count."""
 
     def run():
         nonlocal carry
@@ -69,11 +50,12 @@ def rows(**sizes):
     for name, shape in meshes.items():
         n = int(np.prod(list(shape.values())))
         mesh = sharding.make_mesh(**shape, devices=every[:n])
-        program, arguments = compiled_step(sizes, mesh, sizes["prompts"] * n)
+        built = build(make_config(sizes | dict(prompts=sizes["prompts"] * n)), model["vocab"], mesh)
+        program = built.step.lower(*built.shapes).compile()
         cost = program.cost_analysis()
         found = dict(flops=cost["flops"], bytes=cost["bytes accessed"])
         if measure.on_accelerator():
-            found["seconds"] = timed(program, arguments, sizes["repeats"])
+            found["seconds"] = timed(program, built.arguments(), sizes["repeats"])
             found["peak"] = profiling.memory(program).total
         first = first or found
         for what, unit in dict(flops="FLOP a device", bytes="bytes a device", seconds="s a step", peak="bytes").items():

@@ -6,6 +6,7 @@ every line runs to the last row. The rest is the default config: depth-wise adva
 Parameters and moments are float32 whatever the activations are.
 """
 import functools
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from treerl import sharding
 from treerl import step as S
 from treerl.advantages import ESTIMATORS
 from treerl.bench import estimators, measure, synthetic
+from treerl.checkpoint import abstract
 from treerl.models.presets import PRESETS
 
 
@@ -42,25 +44,44 @@ def make_config(sizes: dict):
     return config
 
 
-def rows(**sizes):
-    """Yields rows of the suite; `sizes` replace `defaults()`."""
-    sizes = {**defaults(), **sizes}
-    config = make_config(sizes)
-    vocab = PRESETS[sizes["preset"]]["vocab"]
-    task, mesh = synthetic.task(vocab), sharding.make_mesh(**config.mesh)
+class Built(NamedTuple):
+    """A config's step on a mesh, of random weights."""
+
+    fns: S.Fns
+    step: Callable  # jitted, of (state, prompts, knobs); the state is donated
+    arguments: Callable  # () -> (state, prompts, knobs), on the mesh
+    shapes: tuple  # of them, without making any
+
+
+def build(config, vocab: int, mesh) -> Built:
+    """The training step of a config over random prompts that fill their width."""
+    task = synthetic.task(vocab)
     fns = S.make_fns(config, task, mesh)
     shardings, trees, whole = S.state_shardings(fns), sharding.trees(mesh), sharding.replicated(mesh)
-    state = jax.jit(functools.partial(S.init_state, fns), static_argnums=0, out_shardings=shardings)(0)
-    knobs = jax.device_put(S.make_knobs(config, task), whole)
-    prompts = jax.device_put(synthetic.prompts(vocab, sizes["prompts"], sizes["prompt"]), trees)
-    row = functools.partial(measure.row, "step", shapes=sizes)
-
+    init = jax.jit(functools.partial(S.init_state, fns), static_argnums=0, out_shardings=shardings)
     step = jax.jit(
         functools.partial(S.train_step, fns),
         in_shardings=(shardings, trees, whole),
         out_shardings=(shardings, whole),
         donate_argnums=0,
     )
+    knobs = S.make_knobs(config, task)
+    prompts = synthetic.prompts(vocab, config.sampler.prompts, config.sampler.prompt_length)
+    state = abstract(jax.eval_shape(lambda: S.init_state(fns, 0)), shardings)
+    return Built(
+        fns, step, lambda: (init(0), sharding.place(prompts, trees), sharding.place(knobs, whole)),
+        (state, sharding.shapes(prompts, trees), sharding.shapes(knobs, whole)),
+    )  # fmt: skip
+
+
+def rows(**sizes):
+    """Yields rows of the suite; `sizes` replace `defaults()`."""
+    sizes = {**defaults(), **sizes}
+    config = make_config(sizes)
+    fns, step, arguments, _ = build(config, PRESETS[sizes["preset"]]["vocab"], sharding.make_mesh(**config.mesh))
+    state, prompts, knobs = arguments()
+    row = functools.partial(measure.row, "step", shapes=sizes)
+
     with measure.persistent_cache():
         cold = measure.compiled(step, state, prompts, knobs).compile_seconds
         jax.clear_caches()
