@@ -70,7 +70,8 @@ class Signals:
     def _note(self, number, _):
         self._restore()
         self._own = number
-        os.write(2, f"\n{signal.Signals(number).name}: finishing what is under way; a second one ends at once.\n".encode())
+        if not self._idle:  # else `_listen` is about to end the process
+            os.write(2, f"\n{signal.Signals(number).name}: finishing what is under way; a second one ends at once.\n".encode())
 
     def _listen(self, pipe: int) -> None:
         """Reads the numbers of signals, which arrive also while the main thread is in a library."""
