@@ -4,6 +4,7 @@ import difflib
 from ml_collections import ConfigDict
 
 from treerl.errors import UserError
+from treerl.options import fits
 
 
 def default() -> ConfigDict:
@@ -264,12 +265,6 @@ RULES = (
     ("split or callback", ("split", "callback").__contains__, "text.grading"),
     ('(question, answer) pairs of text, such as (("1 + 1?", "2"),)', _are_shots, "text.shots"),
 )  # fmt: skip
-
-
-def fits(value, like) -> bool:
-    """Whether a value has the type of a default; an int is a float too, and a list, as of JSON, a tuple."""
-    allowed = {float: (float, int), tuple: (tuple, list)}.get(type(like), type(like))
-    return isinstance(value, allowed) and isinstance(value, bool) == isinstance(like, bool)
 
 
 def unknown(name: str, known) -> UserError:

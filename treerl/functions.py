@@ -6,7 +6,6 @@ take plain arguments. What a name may choose stands in one table here or where i
 import functools
 import inspect
 import math
-import typing
 from typing import Callable, NamedTuple
 
 import jax
@@ -17,13 +16,13 @@ from jax.sharding import Mesh
 from treerl import branching, losses, packing, pruning, sharding, survival, thinning
 from treerl import tree as T
 from treerl.advantages import ESTIMATORS, MULTIPLIERS, WHITENED, Advantage, compose, extras, leaf_estimators
-from treerl.config import fits
 from treerl.errors import UserError
 from treerl.models import families
 from treerl.models.presets import PRESETS
 from treerl.models.quality import QualityHead
 from treerl.models.transformer import Model, TransformerConfig
 from treerl.optimizer import make_optimizer
+from treerl.options import bind, known
 from treerl.tasks import HostGraders, Task
 from treerl.tokenizers import check_vocabulary
 
@@ -88,33 +87,6 @@ class Fns(NamedTuple):
     importance: str  # one of IMPORTANCE
     aggregation: str  # one of AGGREGATIONS
     host: HostGraders | None = None  # graders of text, which run on the host, instead of `grader`
-
-
-def known(name: str, table, field: str):
-    """The entry of a table (or the name itself, of a tuple of names) that a field chooses."""
-    if name not in table:
-        raise UserError(f"{field}={name!r} is unknown; known are {', '.join(sorted(table))}.")
-    return table[name] if isinstance(table, dict) else name
-
-
-def bind(function: Callable, options, field: str, chosen: str, given: tuple[str, ...] = ()) -> Callable:
-    """A function with options, its keyword-only arguments but those given elsewhere, checked against the types of their defaults."""
-    hints = typing.get_type_hints(function)
-    parameters = inspect.signature(function).parameters.items()
-    keywords = {k: p.default for k, p in parameters if p.kind is p.KEYWORD_ONLY and k not in given}
-    for option, value in options.items():
-        if option not in keywords:
-            names = ", ".join(sorted(keywords)) or "none"
-            raise UserError(f"{field} has no {option!r} for {chosen}; known are {names}.")
-        like, choices = keywords[option], typing.get_args(hints.get(option)) if isinstance(keywords[option], str) else ()
-        if not fits(value, like):
-            kind = type(like).__name__
-            raise UserError(f"{field}.{option}={value!r} is no {kind}; set one such as {like!r}.")
-        if choices:
-            known(value, choices, f"{field}.{option}")
-        if isinstance(like, int) and not isinstance(like, bool) and value < 0:
-            raise UserError(f"{field}.{option}={value!r} cannot work; set it to 0 or more.")
-    return functools.partial(function, **options)
 
 
 def make_advantage(config) -> Advantage:

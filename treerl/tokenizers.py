@@ -63,6 +63,47 @@ class CharTokenizer:
         raise UserError("a tokenizer of characters has no chat template; set text.chat=False, or use a published model.")
 
 
+class WordTokenizer:
+    """One token a word, for environments whose language is small.
+
+    Id 0 is the pad, id 1 ends what an agent says and reads ".", the words follow from 2 in their order. As an end does
+    not end an episode, decoding goes on behind it.
+    """
+
+    pad_id = 0
+    eos_id = 1
+    eos_ids = (1,)
+
+    def __init__(self, words: tuple[str, ...]):
+        """Raises ValueError where a word is repeated, or is no single word."""
+        words = tuple(words)
+        wrong = [word for word in words if word.split() != [word] or word == "." or words.count(word) > 1]
+        if wrong:
+            raise ValueError(f"word {wrong[0]!r} is repeated, is the end '.', or is no single word; list each word once.")
+        self.words = words
+        self.vocab_size = 2 + len(words)
+        self._ids = {word: i for i, word in enumerate(("", ".", *words))}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the words between blanks; adds no end. Raises ValueError on a word it lacks."""
+        try:
+            return [self._ids[word] for word in text.split()]
+        except KeyError as error:
+            raise ValueError(f"word {error.args[0]!r} is unknown: use only {' '.join(self.words)}.") from None
+
+    def decode(self, ids) -> str:
+        """The words, pads left out; ids that only a larger vocabulary has are U+FFFD."""
+        names = (".", *self.words)
+        return " ".join(names[i - 1] if i < self.vocab_size else "\ufffd" for i in map(int, ids) if i != self.pad_id)
+
+    decode_prompt = decode
+    encode_start = encode
+
+    def chat(self, messages: list[dict], **_) -> str:
+        """Raises UserError: words have no chat template."""
+        raise UserError("a tokenizer of words has no chat template; set text.chat=False, or use a published model.")
+
+
 class TextTokenizer:
     """The tokenizer of a published model, from its folder.
 
