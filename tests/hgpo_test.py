@@ -10,7 +10,7 @@ import pytest
 
 from treerl import tree as T
 from treerl.advantages.flat import grpo
-from treerl.advantages.hgpo import _hash, gigpo, gigpo_tree, hgpo, hgpo_tree, segments, step_returns
+from treerl.advantages.hgpo import gigpo, gigpo_tree, hgpo, hgpo_tree, segments, step_returns
 
 GROUPS, R, STEPS = 110, 5, 6
 IDS = np.array([-1, 0, 5, 2**31 - 1], np.int32)  # -1 is the word that stands for missing history
@@ -361,5 +361,5 @@ def test_segments_of_one_leaf():
 def test_texts_do_not_collide():
     """Each word alone of 40,000 texts of three tokens: 0.2 pairs are expected to share it."""
     token = np.stack(np.meshgrid(np.arange(40), np.arange(40), np.arange(25)), -1).reshape(-1, 3)
-    words = jax.jit(_hash)(token)
+    words = jax.jit(T.text_id)(token)
     assert all(len(np.unique(words[:, n])) >= len(token) - 3 for n in range(2))

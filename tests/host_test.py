@@ -197,7 +197,7 @@ def test_a_grader_that_fails_costs_the_answers_that_it_failed_on(runs):
         assert float(graded.reward[b, i]) == pytest.approx(float(fine.reward[b, i]) + 2.0 * good, abs=1e-5)
     counts = {FAULTS[code]: int(np.sum(graded.fault == code)) for code in range(1, 5)}
     assert all(counts.values()) and sum(counts.values()) < np.sum(length > 0) / 2, counts
-    _, metrics = failing._learn_half(state, prompts, sampled, graded, failing.knobs)
+    _, metrics = failing._learn_half(state, sampled, graded, failing.knobs)
     assert {name: int(metrics[f"graders_{name}"]) for name in counts} == counts
     assert np.isfinite(metrics["loss"]) and not metrics["skipped"]
     lines = failing.samples(metrics["samples"])

@@ -419,7 +419,7 @@ def test_nan_credit_reaches_neither_policy_nor_optimizer(params):
 def test_a_supervised_update_that_is_not_finite_changes_nothing(params, monkeypatch):
     f = fns(bin_tokens=24)._replace(optimizer=optax.with_extra_args_support(optax.adam(0.1)))
     state = fresh(params, f.optimizer)
-    answer = jnp.ones((TREES, ROWS), jnp.int32), jnp.full(TREES, 3)
+    answer = jnp.ones((TREES, ROWS), jnp.int32), jnp.full(TREES, 3), jnp.ones((TREES, ROWS), bool)
     likelihood = losses.likelihood
     broken = lambda logp, bins: likelihood(logp, bins)._replace(sum=likelihood(logp, bins).sum / 0 * 0)
     monkeypatch.setattr(losses, "likelihood", broken)

@@ -88,7 +88,7 @@ def test_encode_pads_on_the_right():
 
 
 def test_encode_answers_pads_and_keeps_the_end():
-    token, length = P.encode_answers(TASK, EXAMPLES, width=4)
+    token, length, _ = P.encode_answers(TASK, EXAMPLES, width=4)
     np.testing.assert_array_equal(token, [[7, 1, 0, 0], [7, 6, 5, 1], [1, 0, 0, 0]])
     np.testing.assert_array_equal(length, [2, 4, 1])
     assert token.dtype == length.dtype == np.int32

@@ -252,7 +252,7 @@ def test_grown_trees_show_the_advantages_that_are_trained_on():
         state = state.replace(quality=dict(state.quality, table=table, params=head))
         sampled = jax.jit(functools.partial(grow, t.fns))(state, t.prompts(), key, 0, t.knobs)
         graded = S.grade(t.fns, sampled.tree, t.prompts())
-        tree, _, seen = S.rollout(t.fns, state.params, t.prompts(), key, 0, t.knobs, quality=state.quality)
+        tree, _, seen, _ = S.rollout(t.fns, state.params, t.prompts(), key, 0, t.knobs, quality=state.quality)
         chance = jnp.where(seen.record.due, seen.record.chance, 1.0)
         assert float(chance.min()) < 0.6 < float(chance.max())
         credit, *_ = S.estimate(t.fns, state, tree, t.prompts(), graded.reward, t.knobs, chance=chance)

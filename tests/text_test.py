@@ -322,7 +322,7 @@ def test_faults_come_through():
 
 def test_reference_answers_are_right():
     task = make(extract="number", graders={"number": 1.0, "exact": 1.0, "math": 1.0})
-    tokens, length = prompts.encode_answers(task, examples(task.train), 40)
+    tokens, length, _ = prompts.encode_answers(task, examples(task.train), 40)
     scores, fault = task.host.grade(tokens, length, {"row": np.arange(len(task.train), dtype=np.int32)})
     assert (scores == 1).all() and not fault.any()
 

@@ -16,7 +16,8 @@ def default() -> ConfigDict:
 
     config.task = ConfigDict(
         dict(
-            name="countdown",  # countdown, or a text task: addition, reasoning_gym, jsonl, tfds
+            name="countdown",  # countdown, a text task (addition, reasoning_gym, jsonl, tfds), or an environment (household,
+            #                    shop)
             numbers_min=4,  # how many numbers a puzzle gives
             numbers_max=4,  # at most; numbers_min at least
             largest=9,  # numbers are 1 .. largest
@@ -50,6 +51,15 @@ def default() -> ConfigDict:
             seconds=5.0,  # a grader may take for one answer, which is worth 0 beyond
             workers=2,  # processes that grade
             grading="split",  # graders run between the step's two halves (split) or within it (callback)
+        ),
+        convert_dict=False,
+    )
+    config.environment = ConfigDict(  # what tasks that are environments read, beside task.train_size, heldout_size and seed
+        dict(
+            horizon=0,  # turns of an episode at most; 0: the environment's own default
+            options=ConfigDict(),  # further arguments of the environment: "{'mistakes': 0.5}" of its scripted player
+            anchor="state",  # what turns are compared by in gigpo and hgpo: the environment's state, or the observation
+            invalid_penalty=0.0,  # that an invalid action costs, in the credit of its turn alone
         ),
         convert_dict=False,
     )
@@ -97,6 +107,7 @@ def default() -> ConfigDict:
             share=((0, 1.0),),  # (from step, share of the slots that grow by forks) ...
             fill_after=6,  # iterations, then empty slots start from the prompt
             greedy=False,  # tree lines take the likeliest token instead of sampling
+            at="token",  # in environments lines fork at any token of an action, or where an action begins (turn)
         )
     )
     config.pruning = ConfigDict(
@@ -202,7 +213,7 @@ def default() -> ConfigDict:
     return config
 
 
-OPTIONS = ("text.options", "text.chat_options", "text.graders", "advantage.options", "advantage.multipliers", "pruning.options", "pruning.backward_options")  # checked where the functions that take them are known
+OPTIONS = ("environment.options", "text.options", "text.chat_options", "text.graders", "advantage.options", "advantage.multipliers", "pruning.options", "pruning.backward_options")  # checked where the functions that take them are known
 
 
 def fields(config, prefix: str = ""):
@@ -245,7 +256,7 @@ RULES = (
         pruning.columns pruning.warmup_steps quality.learning_rate quality.smoothing
         samples_every checkpoint_keep_every model.lora_rank learner.clip_low learner.clip_high learner.kl learner.max_skipped learner.overlong_buffer
         optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay
-        warm_start.steps warm_start.learning_rate text.threshold"""),
+        warm_start.steps warm_start.learning_rate text.threshold environment.horizon environment.invalid_penalty"""),
     ("a number above 0", lambda x: x > 0, """
         model.rope_theta model.lora_alpha sampler.temperature optimizer.clip_norm learner.importance_cap text.seconds"""),
     ("a number above 0, at most 1", lambda x: 0 < x <= 1, "sampler.top_p optimizer.ess_base pruning.kappa quality.decay"),
@@ -262,6 +273,8 @@ RULES = (
     ("the name of a split", bool, "text.split"),
     ("text with {prompt} where the question belongs", lambda x: "{prompt}" in x, "text.template"),
     ("text, number, boxed or tag", ("text", "number", "boxed", "tag").__contains__, "text.extract"),
+    ("state or observation", ("state", "observation").__contains__, "environment.anchor"),
+    ("token or turn", ("token", "turn").__contains__, "branching.at"),
     ("split or callback", ("split", "callback").__contains__, "text.grading"),
     ('(question, answer) pairs of text, such as (("1 + 1?", "2"),)', _are_shots, "text.shots"),
 )  # fmt: skip

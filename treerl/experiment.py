@@ -48,7 +48,7 @@ class Experiment:
         models = os.path.join(data_dir, "models")
         self.folder = sources.resolve(os.path.expanduser(source), models) if source else None  # of a published model
         tokenizer = TextTokenizer(self.folder) if self.folder else None
-        self.task = tasks.make(config.task, data_dir, config.text, tokenizer)
+        self.task = tasks.make(config.task, data_dir, config.text, tokenizer, config.environment)
         self.fns = S.make_fns(config, self.task, self.mesh, folder=self.folder)
         trees, whole = sharding.trees(self.mesh), sharding.replicated(self.mesh)
         self.trees = trees
@@ -68,7 +68,7 @@ class Experiment:
             for function, takes, gives, donated in (
                 (S.train_step, (shardings, trees, whole), (shardings, whole), 0),
                 (S.sample_half, (shardings, trees, whole), trees, ()),
-                (S.learn_half, (shardings, trees, trees, trees, whole), (shardings, whole), 0),
+                (S.learn_half, (shardings, trees, trees, whole), (shardings, whole), 0),
             )
         )
         self._answers = jax.jit(rewards.answers, out_shardings=trees)
@@ -79,15 +79,18 @@ class Experiment:
         )  # fmt: skip
         self._gather = jax.jit(lambda x: x, out_shardings=whole)  # every process has all
         self._grow = program(grow, (shardings, trees, whole, whole, whole), trees)
-        self._credit = program(credit, (shardings, trees, trees, trees, whole), trees)
-        count, shards = min(config.evaluation.examples, len(self.task.heldout)), sharding.tree_shards(self.mesh)
-        batch = min(config.evaluation.batch, count)
-        if batch % shards or count % batch:
-            raise UserError(
-                f"evaluation.batch={batch} must divide over {shards} shards and into the {count} held-out "
-                "examples used; change evaluation.batch or evaluation.examples."
-            )
-        self._heldout_starts = range(0, count, batch)
+        self._credit = program(credit, (shardings, trees, trees, whole), trees)
+        self.splits = {"": self.task.heldout} | ({} if self.task.novel is None else {"novel/": self.task.novel})
+        self._starts, shards = {}, sharding.tree_shards(self.mesh)
+        for name, examples in self.splits.items():
+            count = min(config.evaluation.examples, len(examples))
+            batch = min(config.evaluation.batch, count)
+            if batch % shards or count % batch:
+                raise UserError(
+                    f"evaluation.batch={batch} must divide over {shards} shards and into the {count} {name or 'held-out'} "
+                    "examples used; change evaluation.batch or evaluation.examples."
+                )
+            self._starts[name] = range(0, count, batch)
         self.programs = []  # those of a training step that `compile_step` compiled
 
     @functools.cached_property
@@ -96,11 +99,13 @@ class Experiment:
         return sharding.place(S.make_knobs(self.config, self.task), sharding.replicated(self.mesh))
 
     @functools.cached_property
-    def _heldout(self) -> list:
-        """Batches of held-out prompts, on the mesh."""
-        starts, task = self._heldout_starts, self.task
-        batches = [range(start, start + starts.step) for start in starts]
-        return [self.prompts([task.heldout[i] for i in batch], np.asarray(batch)) for batch in batches]
+    def _batches(self) -> dict[str, list]:
+        """Batches of held-out prompts by split, on the mesh."""
+        batch = lambda examples, part: self.prompts([examples[i] for i in part], np.asarray(part))
+        return {
+            name: [batch(self.splits[name], range(start, start + starts.step)) for start in starts]
+            for name, starts in self._starts.items()
+        }
 
     def prompts(self, examples, index):
         """Examples as prompts on the mesh; each process reads and encodes those of its own devices."""
@@ -149,7 +154,7 @@ class Experiment:
         check()
         graded = self.grade(sampled.tree, prompts)
         check()
-        return self._learn_half(state, prompts, sampled, graded, knobs)
+        return self._learn_half(state, sampled, graded, knobs)
 
     def compile_step(self) -> profiling.Memory:
         """Compiles the training step, so that calls run what was compiled; the memory it takes."""
@@ -163,7 +168,7 @@ class Experiment:
                 sampled = jax.eval_shape(self._sample_half, state, prompts, knobs)
                 graded = rewards.shapes(*sampled.tree.leaf.shape[:2], len(self.fns.host.names))
                 self._sample_half = self._sample_half.lower(state, prompts, knobs).compile()
-                self._learn_half = self._learn_half.lower(state, prompts, sampled, graded, knobs).compile()
+                self._learn_half = self._learn_half.lower(state, sampled, graded, knobs).compile()
                 self.programs = [self._sample_half, self._learn_half]
         return profiling.memory(*self.programs)
 
@@ -199,8 +204,17 @@ class Experiment:
           pass@k, unbiased, for k = 1, 2, 4, ... up to n; majority@n, the share of examples whose most frequent answer
           is right; with a quality head weighted@n, where samples vote by the rank of their scores; with graders on the
           host heldout/reward and heldout/NAME, their mean scores. An answer is right where the score of the grader
-          text.right, else the reward, is above 0.5.
+          text.right, else the reward, is above 0.5; an episode where its reward is the highest there is, 1. In an environment
+          also heldout/reward, no majority, and all of the split of another distribution, as novel/NAME.
         """
+        found = {}
+        for split, batches in self._batches.items():
+            named = lambda key: key.replace("heldout/", split) if split and key.startswith("heldout/") else split + key
+            found |= {named(key): value for key, value in self._scores(batches, state, seed, check).items()}
+        return found
+
+    def _scores(self, batches: list, state, seed: int, check) -> dict:
+        """See `evaluate`."""
         key, n = jax.random.key(seed), self.config.evaluation.samples
 
         def scores_of(batch, tree, known):
@@ -208,21 +222,23 @@ class Experiment:
             return self._gather(dict(known, reward=graded.reward, answer=graded.key, parts=graded.parts))
 
         gathered, waiting = [], None
-        for batch in self._heldout:  # the host grades one while the device samples the next
+        for batch in batches:  # the host grades one while the device samples the next
             check()
             sampled = batch, *self._evaluate(state.params, state.quality, batch, key, self.knobs)
             gathered += [scores_of(*waiting)] if waiting else []
             waiting = sampled
         gathered.append(scores_of(*waiting))
         found = {name: np.concatenate([x[name] for x in jax.device_get(gathered)]) for name in gathered[0]}
-        right, names = found["reward"] > 0.5, self.fns.host.names if self.fns.host is not None else ()
+        acts = self.fns.environment is not None
+        right, names = found["reward"] > (0.999 if acts else 0.5), self.fns.host.names if self.fns.host is not None else ()
         if self.config.text.right and names:
             right = found["parts"][..., names.index(self.config.text.right)] > 0.5
         powers = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
         scores = {f"pass@{k}": pass_at_k(right.sum(axis=1), n, k) for k in powers}
         elected = lambda winner: float(np.mean((winner >= 0) & right[np.arange(len(right)), winner]))
-        scores[f"majority@{n}"] = elected(majority_vote(found["answer"], found["valid"]))
-        if names:
+        if not acts:
+            scores[f"majority@{n}"] = elected(majority_vote(found["answer"], found["valid"]))
+        if names or acts:
             scores["heldout/reward"] = float(masked.mean(found["reward"], found["valid"]))
             scores |= {f"heldout/{x}": float(masked.mean(found["parts"][..., i], found["valid"])) for i, x in enumerate(names)}
         if "score" in found:
@@ -239,7 +255,7 @@ class Experiment:
         prompts = self.prompts([examples[i % len(examples)] for i in index], index)
         sampled = self._grow(state, prompts, jax.random.key(seed), jnp.int32(step), self.knobs)
         graded = self.grade(sampled.tree, prompts)
-        found = self._credit(state, prompts, sampled, graded, self.knobs)
+        found = self._credit(state, sampled, graded, self.knobs)
         every = self._gather((sampled.tree, graded.reward, found, sampled.stats))
         tree, reward, advantage, stats = jax.device_get(every)
         return jax.tree.map(lambda x: x[: len(examples)], Grown(tree, reward, advantage, stats.forks, stats.pruned))
@@ -279,12 +295,12 @@ class Experiment:
 
 def grow(fns: S.Fns, state, prompts, key, step, knobs) -> S.Sampled:
     """Grows the trees of a batch of prompts; traceable."""
-    return S.Sampled(*S.rollout(fns, state.params, prompts, key, step, knobs, quality=state.quality))
+    return S.rollout(fns, state.params, prompts, key, step, knobs, quality=state.quality)
 
 
-def credit(fns: S.Fns, state, prompts, sampled: S.Sampled, graded: rewards.Graded, knobs):
+def credit(fns: S.Fns, state, sampled: S.Sampled, graded: rewards.Graded, knobs):
     """Credit of the cells of graded trees, [B, S, K]; traceable."""
-    tree, _, seen = sampled
+    tree, _, seen, prompts = sampled
     shaped = S.shape_reward(fns, tree, graded.reward)
     found, *_ = S.estimate(
         fns, state, tree, prompts, shaped, knobs, graded=graded.reward, chance=S.survival_chance(fns, seen)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from treerl import branching, losses, packing, pruning, sharding, survival, thinning
 from treerl import tree as T
 from treerl.advantages import ESTIMATORS, MULTIPLIERS, WHITENED, Advantage, compose, extras, leaf_estimators
+from treerl.environments import Environment
 from treerl.errors import UserError
 from treerl.models import families
 from treerl.models.presets import PRESETS
@@ -86,6 +87,9 @@ class Fns(NamedTuple):
     forced: str  # one of FORCED
     importance: str  # one of IMPORTANCE
     aggregation: str  # one of AGGREGATIONS
+    environment: Environment | None = None  # in which lines are episodes; see `sampler.sample` for the next two
+    anchor: str = "state"
+    fork_at: str = "token"
     host: HostGraders | None = None  # graders of text, which run on the host, instead of `grader`
 
 
@@ -298,7 +302,8 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None, folder: str | No
         raise UserError(
             f"learner.overlong_buffer={l.overlong_buffer} is longer than sampler.answer_length={s.answer_length}; shorten it."
         )
-    packing.bin_bound(s.prompts, s.slots, s.prompt_length + s.answer_length, l.bin_tokens)
+    heard = 0 if task.environment is None else task.environment.observation  # the first observation joins the prompt
+    packing.bin_bound(s.prompts, s.slots, s.prompt_length + heard + s.answer_length, l.bin_tokens)
     advantage = make_advantage(config.advantage)
     objective = known(l.objective, losses.OBJECTIVES, "learner.objective")
     bounds = ("clip_low", "clip_high") + (("dual_clip",) if l.objective == "ppo" else ())
@@ -331,6 +336,9 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None, folder: str | No
         quality=quality,
         grader=task.grade,
         host=task.host,
+        environment=task.environment,
+        anchor=config.environment.anchor,
+        fork_at=b.at,
         advantage=advantage,
         thinning=backward,
         trims=l.objective != "gspo" and not l.kl > 0,
@@ -372,4 +380,5 @@ def make_knobs(config, task: Task) -> dict:
         dual_clip=f32(l.dual_clip or jnp.inf),
         importance_cap=f32(l.importance_cap),
         kl=f32(l.kl),
+        invalid_penalty=f32(config.environment.invalid_penalty),
     )

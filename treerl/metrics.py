@@ -157,18 +157,26 @@ def describe(tree: T.Tree, reward: jax.Array, stats) -> dict:
     valid = jax.vmap(T.leaf_valid)(tree)
     kept = jax.vmap(T.kept)(tree)
     unique, flat = jax.vmap(T.token_count)(tree)
+    own, more = kept & T.spoken(tree), {}
+    if tree.turns is not None:
+        carried = tree.turns.valid & valid[..., None]
+        more = dict(
+            turns=masked.mean(jnp.sum(carried, axis=-1), valid),
+            invalid=masked.mean(tree.turns.invalid, carried),
+        )
     return dict(
         reward=masked.mean(reward, valid),
         solved=jnp.mean(jnp.any(valid & (reward > 0), axis=1)),
         leaves=jnp.mean(jnp.sum(valid, axis=1)),
         length=masked.mean(jax.vmap(T.leaf_length)(tree), valid),
         truncated=jnp.sum(tree.end == T.TRUNCATED) / jnp.maximum(jnp.sum(valid), 1),
-        entropy=masked.mean(tree.entropy, kept),
+        entropy=masked.mean(tree.entropy, own),
         depth=masked.mean(jax.vmap(lambda t: T.depth(t)[1])(tree), valid),
         unique_tokens=jnp.sum(unique) / jnp.maximum(jnp.sum(flat), 1),
-        forced_tokens=masked.mean(tree.source == T.FORCED, kept),
+        forced_tokens=masked.mean(tree.source == T.FORCED, own),
         forks=jnp.mean(stats.forks),
         restarts=jnp.mean(stats.restarts),
         pruned=jnp.mean(stats.pruned),
         sampled_tokens=jnp.sum(stats.sampled),
+        **more,
     )

@@ -9,7 +9,7 @@ from treerl.tasks import Task
 from treerl.types import Prompts
 
 
-def _pad(rows: list[list[int]], width: int, what: str, field: str) -> tuple[np.ndarray, np.ndarray]:
+def _pad(rows: list, width: int, what: str, field: str) -> tuple[np.ndarray, np.ndarray]:
     length = np.array([len(row) for row in rows], np.int32)
     if length.max() > width:
         raise UserError(f"{what} of {length.max()} tokens is longer than {field}={width}; raise {field}.")
@@ -24,10 +24,18 @@ def encode(task: Task, examples: list[dict], index: np.ndarray, width: int) -> P
     return Prompts(token=token, length=length, index=np.asarray(index, np.int32), data=data)
 
 
-def encode_answers(task: Task, examples: list[dict], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Reference answers, the end included: (tokens [B, width], length [B])."""
-    answers = [task.encode(example).answer for example in examples]
-    return _pad(answers, width, "a reference answer", "sampler.answer_length")
+def encode_answers(task: Task, examples: list[dict], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Reference answers, the end included: (tokens [B, width], length [B], bool, which are to be learnt [B, width]).
+
+    A demonstration in an environment, which has tokens that are not the agent's, is cut off at the width.
+    """
+    if task.environment is None:
+        token, length = _pad([task.encode(e).answer for e in examples], width, "a reference answer", "sampler.answer_length")
+        return token, length, np.arange(width) < length[:, None]
+    played = [task.demonstrate(example) for example in examples]
+    token, length = _pad([token[:width] for token, _ in played], width, "a demonstration", "sampler.answer_length")
+    own, _ = _pad([own[:width] for _, own in played], width, "a demonstration", "sampler.answer_length")
+    return token, length, own.astype(bool)
 
 
 class Stream:

@@ -41,6 +41,14 @@ def on_device(tree: T.Tree, data, grader: Callable) -> Graded:
     return Graded(reward, jnp.zeros((*length.shape, 0)), jnp.zeros(length.shape, jnp.int8), key)
 
 
+def of_turns(tree: T.Tree) -> Graded:
+    """What episodes were worth: the sum of their turns' rewards, undiscounted. Answers are equal if their tokens are."""
+    tokens, length = answers(tree)
+    key = jax.vmap(first_equal)(jnp.where(jnp.arange(tokens.shape[2]) < length[..., None], tokens, T.NONE))
+    reward = jnp.sum(tree.turns.reward, axis=-1)
+    return Graded(reward, jnp.zeros((*length.shape, 0)), jnp.zeros(length.shape, jnp.int8), key)
+
+
 def shapes(batch: int, leaves: int, graders: int) -> Graded:
     """What `Graded` holds, as `jax.ShapeDtypeStruct`."""
     of = functools.partial(jax.ShapeDtypeStruct, (batch, leaves))

@@ -7,17 +7,22 @@ batch or on the number of devices: every draw folds (key, example, line identity
 
 (The review of `survival.arrol` alone compares the trees of a batch.)
 
+In an environment (`treerl.episodes`) a line is an episode: tokens of observations are the environment's and are fed
+through the slot's cursor like drawn ones, and a line ends with its episode.
+
 A rule may review all lines once. When few enough of each tree run after that, they go on in a smaller pool
 (`treerl.compaction`); what a line draws does not depend on the pool.
 """
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from treerl import compaction
+from treerl import compaction, episodes
 from treerl import tree as T
 from treerl.compaction import take
+from treerl.environments import Environment
 from treerl.nucleus import draw
 from treerl.types import ACTIVE, DONE, FREE, Births, Branching, Frontier, Lines, Policy, Prompts, Pruning, empty_lines
 
@@ -27,7 +32,7 @@ _GRID = ("token", "parent", "used", "source", "end", "entropy", "logp_behavior",
 class Stats(NamedTuple):
     """What happened while a tree grew; a pruned line leaves no other trace. All int32 [B]."""
 
-    sampled: jax.Array  # tokens written, those of pruned lines included
+    sampled: jax.Array  # tokens of the policy written, those of pruned lines included
     forks: jax.Array  # lines born on a running line
     restarts: jax.Array  # lines born at the prompt or an older cell after the start
     pruned: jax.Array  # lines stopped by the pruning rule
@@ -45,6 +50,7 @@ class _Carry(NamedTuple):
     hidden: object  # [B, K, D] that each line's newest token was drawn from, () if nobody reads it
     reviewed: jax.Array  # [] bool
     record: object  # of the review, zeros before it
+    worlds: object  # episodes.Worlds, () without an environment
 
 
 class Seen(NamedTuple):
@@ -129,6 +135,11 @@ def sample(
     review_at: int = 0,
     columns: int | None = None,
     hidden: bool = False,
+    environment: Environment | None = None,
+    worlds: episodes.Worlds | None = None,
+    anchor: str = "state",
+    fork_at: str = "token",
+    penalty: jax.Array | float = 0.0,
 ) -> tuple[T.Tree, Stats, Seen]:
     """Grows one tree a prompt.
 
@@ -152,6 +163,10 @@ def sample(
       columns: slots (static, K or fewer) of the pool that lines move to when at most so many run in every tree after
         the review. A tree with more keeps all of them in the large pool: slower, nothing is lost.
       hidden: keep hidden states for the caller (static); a rule with a review always has them.
+      environment: whose episodes the lines are (static), and worlds, their start, see `episodes.begin`. Lines are born at
+        the prompt or at a running line's head; those that listen fork nowhere. eos are the ends of actions. Without: text.
+      anchor: see `episodes.begin` (static). fork_at: token, or turn: only where an action begins (static).
+      penalty: [] float32, what an invalid action costs.
 
     Returns:
       (Tree with B in front, Stats, Seen).
@@ -176,7 +191,11 @@ def sample(
         uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.wrap_key_data(k))))(noise)
         drawn = draw(logits, temperature, top_p, uniform)
         free = _free_from(lines)
-        token, births = branching.step(Frontier(lines, logits, drawn.token, drawn.entropy, free, carry.iteration))
+        shown = lines
+        if environment is not None:
+            forkable = episodes.fresh(carry.worlds) if fork_at == "turn" else ~episodes.listens(carry.worlds)
+            shown = lines.replace(may_fork=lines.may_fork & forkable)
+        token, births = branching.step(Frontier(shown, logits, drawn.token, drawn.entropy, free, carry.iteration))
         if not grows:
             return drawn, token, births._replace(line=jnp.full_like(births.line, -1))
         allowed = (births.line >= 0) & (free <= births.row + 1) & ~carry.reviewed
@@ -184,6 +203,9 @@ def sample(
         # above the end of a line that runs or is finished, a forced token at a head, whose logits its log-prob is of
         held = (status != FREE) & (births.row <= head - (status == DONE))
         held &= (births.token < 0) | (births.row == head)
+        if environment is not None:  # what is known of an episode is its end
+            held &= (births.row == head) & (status == ACTIVE)
+            held &= (births.token < 0) | ~take(episodes.listens(carry.worlds), births.line)
         allowed &= held | ((births.row < 0) & (births.token < 0))  # the prompt is nobody's
         allowed &= carry.active[:, None]  # a tree that is over is only stepped because others are not
         return drawn, token, births._replace(line=jnp.where(allowed, births.line, -1))
@@ -231,21 +253,31 @@ def sample(
         writes = was_active | forked
         source = jnp.where(forked, births.line, slot)  # whose logits the token comes from
         token = jnp.where(forked, births.token, jnp.where(ruled >= 0, ruled, drawn.token))
-        forced = forked | (ruled >= 0)
+        forced, told = forked | (ruled >= 0), jnp.zeros_like(forked)
+        worlds_now = carry.worlds
+        if environment is not None:
+            if grows:
+                worlds_now = episodes.born(worlds_now, worlds, births.line, births.row)
+            told = episodes.listens(worlds_now) & writes
+            token, forced = jnp.where(told, episodes.next_word(worlds_now), token), forced & ~told
+            turn, worlds_now = worlds_now.turn, episodes.advance(environment, worlds_now, token, writes, eos, anchor)
+            turn = turn - told  # an observation belongs to the action that it answers
         at_token = jax.vmap(lambda logits, source, token: logits[source, token])(logits, source, token)
-        ended = jnp.any(token[..., None] == eos, axis=-1)
+        ended = jnp.any(token[..., None] == eos, axis=-1) if environment is None else worlds_now.over
         end = jnp.where(ended, T.FINISHED, jnp.where(lines.cursor == rows - 1, T.TRUNCATED, T.RUNNING))
         above = jnp.take_along_axis(lines.path, _head_row(lines.cursor)[..., None], axis=-1)[..., 0]
         cell = dict(
             token=token,
             parent=jnp.where(lines.cursor > 0, above, T.NONE),
             used=writes,
-            source=jnp.where(forced, T.FORCED, T.SAMPLED),
+            source=jnp.where(told, T.ENVIRONMENT, jnp.where(forced, T.FORCED, T.SAMPLED)),
             end=end,
             entropy=take(drawn.entropy, source),
-            logp_behavior=jnp.where(forced, 0.0, drawn.logp),
+            logp_behavior=jnp.where(forced | told, 0.0, drawn.logp),
             logp_policy=(at_token - take(drawn.top, source)) / temperature - take(drawn.norm, source),
         )
+        if environment is not None:
+            cell["turn"] = turn
         here = (jnp.arange(rows)[:, None] == lines.cursor[:, None]) & writes[:, None]  # [B, S, K]
         grid = clear(lines, grid, born) if grows else grid
         grid = {k: jnp.where(here, cell[k][:, None].astype(v.dtype), v) for k, v in grid.items()}
@@ -261,7 +293,7 @@ def sample(
             reason, memory = pruning.step(memory, lines, grid["token"])
             lines, grid["end"], stopped = stop(lines, grid["end"], reason, carry.active)
         stats = Stats(
-            sampled=carry.stats.sampled + count(writes),
+            sampled=carry.stats.sampled + count(writes & ~told),
             forks=carry.stats.forks + count(forked),
             restarts=carry.stats.restarts + count(born & ~forked),
             pruned=carry.stats.pruned + count(stopped),
@@ -275,14 +307,14 @@ def sample(
         active = jnp.any(lines.status == ACTIVE, axis=1) | (idle if grows else False)
         return carry._replace(
             lines=lines, grid=grid, cache=cache, memory=memory, stats=stats, active=active,
-            iteration=carry.iteration + 1, hidden=seen,
+            iteration=carry.iteration + 1, hidden=seen, worlds=worlds_now,
         )  # fmt: skip
 
     def review(carry: _Carry) -> _Carry:
         """Asks the rule once about all lines; what it changes is small beside the cache, which a cond would copy."""
         keys = jax.random.wrap_key_data(tree_key)
 
-        def look(lines, grid, stats):
+        def look(lines, grid, stats, worlds_now):
             found = pruning.review(lines, carry.hidden, keys)
             lines, end, stopped = stop(lines, grid["end"], found.reason, carry.active)
             grid, row = dict(grid, end=end), take(lines.cursor, found.fork) - 1
@@ -291,15 +323,17 @@ def sample(
             none = jnp.full_like(found.fork, -1)
             lines = newborn(lines, Births(jnp.where(born, found.fork, -1), row, none, born & False))
             stats = stats._replace(pruned=stats.pruned + count(stopped), forks=stats.forks + count(born))
-            return lines, clear(lines, grid, born), stats, found.record
+            if environment is not None:
+                worlds_now = episodes.born(worlds_now, worlds, jnp.where(born, found.fork, -1), row)
+            return lines, clear(lines, grid, born), stats, found.record, worlds_now
 
-        same = lambda lines, grid, stats: (lines, grid, stats, carry.record)
+        same = lambda lines, grid, stats, worlds_now: (lines, grid, stats, carry.record, worlds_now)
         now = ~carry.reviewed & (carry.iteration >= review_at)
         marks = {name: carry.grid[name] for name in ("used", "end")}
-        lines, marks, stats, record = jax.lax.cond(now, look, same, carry.lines, marks, carry.stats)
+        lines, marks, stats, record, met = jax.lax.cond(now, look, same, carry.lines, marks, carry.stats, carry.worlds)
         reviewed = carry.reviewed | now
         return carry._replace(
-            lines=lines, grid=dict(carry.grid, **marks), stats=stats, record=record, reviewed=reviewed
+            lines=lines, grid=dict(carry.grid, **marks), stats=stats, record=record, reviewed=reviewed, worlds=met
         )
 
     begins, may_fork = branching.start(batch, slots)
@@ -309,6 +343,8 @@ def sample(
     blank = jnp.zeros((batch, rows, slots))
     types = dict(token=jnp.int32, parent=jnp.int32, used=bool, source=jnp.int8, end=jnp.int8)
     grid = {name: blank.astype(types.get(name, jnp.float32)) for name in _GRID}
+    if environment is not None:
+        grid["turn"] = blank.astype(jnp.int32)
     nothing = jnp.zeros((batch,), jnp.int32)
     seen = jnp.zeros_like(policy.hidden(cache), shape=(batch, slots, policy.hidden(cache).shape[-1])) if keeps else ()
     record = ()
@@ -318,6 +354,7 @@ def sample(
     carry = _Carry(
         lines, grid, cache, pruning.start(batch, slots), Stats(*[nothing] * 5), jnp.ones((batch,), bool), jnp.int32(0),
         seen, jnp.bool_(False), record,
+        () if environment is None else jax.tree.map(lambda x: jnp.repeat(x, slots, axis=1), worlds),
     )  # fmt: skip
 
     def need(carry):
@@ -357,24 +394,28 @@ def sample(
         narrow = loop(
             carry._replace(
                 lines=lines, grid=grid, cache=policy.gather(carry.cache, moved.path), memory=(),
-                hidden=take(carry.hidden, moved.slot),
+                hidden=take(carry.hidden, moved.slot), worlds=jax.tree.map(lambda x: take(x, moved.slot), carry.worlds),
             ),
             False,
         )  # fmt: skip
         lines, grid = compaction.restore(moved, carry.lines, carry.grid, narrow.lines, narrow.grid)
         carry = carry._replace(
-            lines=lines, grid=grid, stats=narrow.stats, hidden=compaction.back(moved, carry.hidden, narrow.hidden)
+            lines=lines, grid=grid, stats=narrow.stats, hidden=compaction.back(moved, carry.hidden, narrow.hidden),
+            worlds=jax.tree.map(functools.partial(compaction.back, moved), carry.worlds, narrow.worlds),
         )
-    return *_finish(carry, first), Seen(carry.hidden if keeps else (), carry.record)
+    return *_finish(carry, first, penalty), Seen(carry.hidden if keeps else (), carry.record)
 
 
-def _finish(carry: _Carry, slot) -> tuple[T.Tree, Stats]:
+def _finish(carry: _Carry, slot, penalty) -> tuple[T.Tree, Stats]:
     """The tree of what the loop left: lines still running are CUT, lines that ended are leaves."""
     lines, grid = carry.lines, carry.grid
     cut = _last_cell(lines) & (lines.status == ACTIVE)[:, None]
     done = (lines.status == DONE)[..., None]
     leaf = jnp.stack([lines.cursor - 1, slot], axis=-1)
+    grid, turn = dict(grid), grid.get("turn")
+    grid.pop("turn", None)
     tree = T.Tree(
+        turns=None if turn is None else episodes.turns(carry.worlds, turn, done[..., 0], penalty),
         **dict(grid, end=jnp.where(cut, T.CUT, grid["end"]), parent=jnp.where(grid["used"], grid["parent"], T.NONE)),
         leaf=jnp.where(done, leaf, T.NONE),
         leaf_path=jnp.where(done, lines.path, T.NONE),

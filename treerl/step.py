@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from treerl import branching, masked, packing, pruning, rewards, sampler, sharding, survival
+from treerl import branching, episodes, masked, packing, pruning, rewards, sampler, sharding, survival
 from treerl import tree as T
 from treerl.functions import Fns, Sizes, make_fns, make_knobs
 from treerl.graders import FAULTS
@@ -30,6 +30,8 @@ from treerl.models.policy import make_policy
 from treerl.types import Cells, Prompts, TrainState
 
 __all__ = ["Fns", "Sizes", "make_fns", "make_knobs"]
+
+WORLD = 0x7FFFFFFF  # folded into a step's key for the starts of episodes; no example has this index
 
 # --- the state -----------------------------------------------------------------------------
 
@@ -100,14 +102,24 @@ def state_shardings(fns: Fns):
 # --- sample and grade ----------------------------------------------------------------------
 
 
-def rollout(
-    fns: Fns, params, prompts: Prompts, key, step, knobs, *, quality=None, slots=None
-) -> tuple[T.Tree, sampler.Stats, sampler.Seen]:
+class Sampled(NamedTuple):
+    """What the first half of a step hands to the second."""
+
+    tree: T.Tree
+    stats: sampler.Stats
+    seen: sampler.Seen
+    prompts: Prompts  # as the policy read them: in an environment, with the first observation
+
+
+def rollout(fns: Fns, params, prompts: Prompts, key, step, knobs, *, quality=None, slots=None) -> Sampled:
     """Grows a tree for every prompt; `slots` independent samples instead, if given.
 
     Args:
       quality: state of the quality head, if the config has one.
     """
+    worlds, key = None, jax.random.fold_in(key, step)
+    if fns.environment is not None:
+        worlds, prompts = episodes.begin(fns.environment, jax.random.fold_in(key, WORLD), prompts, fns.anchor)
     model = fns.model  # adapters as they are: folded into bfloat16 weights, small changes would be rounded away
     gathered = sharding.parameter_shardings(fns.mesh, model.axes(), model.shapes(), gathered=True)
     params = jax.tree.map(lambda p: p.astype(model.config.dtype), params)
@@ -115,12 +127,12 @@ def rollout(
     size = fns.sizes
     plain = slots is not None
     slots = slots if plain else size.slots
-    return sampler.sample(
+    tree, stats, seen = sampler.sample(
         make_policy(model, params, slots=slots, rows=size.rows, mesh=fns.mesh, pool_dtype=size.pool_dtype),
         branching.stochastic() if plain else fns.branching(knobs, step),
         pruning.none() if plain else fns.pruning(knobs, step, quality),
         prompts,
-        jax.random.fold_in(key, step),
+        key,
         slots=slots,
         rows=size.rows,
         budget=size.rows if plain else size.budget,
@@ -132,18 +144,28 @@ def rollout(
         review_at=size.review_at,
         columns=None if plain else size.columns,
         hidden=fns.quality is not None,
+        environment=fns.environment,
+        worlds=worlds,
+        anchor=fns.anchor,
+        fork_at=fns.fork_at,
+        penalty=knobs["invalid_penalty"],
     )
+    return Sampled(tree, stats, seen, prompts)
 
 
 def grade(fns: Fns, tree: T.Tree, prompts: Prompts) -> rewards.Graded:
     """Rewards of all leaves, by the task's grader on the device or, called from the program, on the host."""
+    if tree.turns is not None:
+        return rewards.of_turns(tree)
     if fns.host is not None:
         return rewards.by_callback(fns.host, tree, prompts.data, fns.mesh)
     return rewards.on_device(tree, prompts.data, fns.grader)
 
 
 def shape_reward(fns: Fns, tree: T.Tree, reward: jax.Array) -> jax.Array:
-    """What is trained on: rewards as graded, with length punished if the config says so: float32 [B, L]."""
+    """What is trained on: rewards as graded, length and invalid actions punished if the config says so: float32 [B, L]."""
+    if tree.turns is not None:
+        reward = reward - jnp.sum(tree.turns.penalty, axis=-1)
     return reward + jax.vmap(lambda t: rewards.overlong(t, fns.overlong))(tree) if fns.overlong else reward
 
 
@@ -154,7 +176,7 @@ def evaluate_sample(fns: Fns, params, quality, prompts: Prompts, key, knobs, *, 
       (trees, dict of [B, samples]: valid, bool, the sample ended; score, float32, of the quality head at its
       end, only with one).
     """
-    tree, _, seen = rollout(fns, params, prompts, key, 0, knobs, slots=samples)
+    tree, _, seen, _ = rollout(fns, params, prompts, key, 0, knobs, slots=samples)
     found = dict(valid=jax.vmap(T.leaf_valid)(tree))
     return tree, found if fns.quality is None else dict(found, score=fns.quality.head.score(quality["params"], seen.hidden))
 
@@ -197,8 +219,8 @@ def survival_chance(fns: Fns, seen: sampler.Seen) -> jax.Array | None:
 
 
 def behavior(tree: T.Tree) -> jax.Array:
-    """Log-prob of each token by what the sampler did; a forced token counts as drawn from the policy: [S, K]."""
-    return jnp.where(tree.source == T.FORCED, tree.logp_policy, tree.logp_behavior)
+    """Log-prob of each token by what the sampler did; one that was not drawn counts as drawn from the policy: [S, K]."""
+    return jnp.where(tree.source == T.SAMPLED, tree.logp_behavior, tree.logp_policy)
 
 
 def leaf_importance(tree: T.Tree) -> jax.Array:
@@ -217,7 +239,7 @@ def weigh(fns: Fns, tree: T.Tree, credit, leaf_weight, knobs) -> tuple[Cells, ja
       constant: every token counts alike, divided by leaves x S (Dr. GRPO, arXiv 2503.20783).
     With leaf credit a cell counts once for each leaf below it, with cell credit once.
 
-    A forced token (`learner.forced`) is trained like a drawn one (policy, as the papers do), not at
+    Observations of an environment have no weight. A forced token (`learner.forced`) is trained like a drawn one (policy, as the papers do), not at
     all (mask, nor counted in n_l or the number of tokens), or with the truncated weight min(p, cap), p its
     probability (importance: the rule chose it with probability 1). `learner.importance` gives
     all other tokens the weight w = p(policy) / p(sampler), truncated at the cap, or 0 above it (mask). Weights multiply
@@ -229,7 +251,7 @@ def weigh(fns: Fns, tree: T.Tree, credit, leaf_weight, knobs) -> tuple[Cells, ja
     Returns:
       (Cells of [S, K], denominator []).
     """
-    kept, forced = T.kept(tree), tree.source == T.FORCED
+    kept, forced = T.kept(tree) & T.spoken(tree), tree.source == T.FORCED
     counted = kept & ~forced if fns.forced == "mask" else kept
     length = T.down(tree, counted.astype(jnp.float32))
     leaf_weight = leaf_weight * (length > 0)
@@ -354,26 +376,18 @@ def effective_share(weight: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.where(square > 0, jnp.square(jnp.sum(weight)) / jnp.maximum(count * square, 1e-30), 1.0)
 
 
-class Sampled(NamedTuple):
-    """What the first half of a step hands to the second."""
-
-    tree: T.Tree
-    stats: sampler.Stats
-    seen: sampler.Seen
-
-
 def sample_half(fns: Fns, state: TrainState, prompts: Prompts, knobs: dict) -> Sampled:
     """Grows the trees of a step."""
     key = jax.random.wrap_key_data(state.key)
-    found = Sampled(*rollout(fns, state.params, prompts, key, state.step, knobs, quality=state.quality))  # 1
+    found = rollout(fns, state.params, prompts, key, state.step, knobs, quality=state.quality)  # 1
     return jax.lax.with_sharding_constraint(found, sharding.trees(fns.mesh))
 
 
 def learn_half(
-    fns: Fns, state: TrainState, prompts: Prompts, sampled: Sampled, graded: rewards.Graded, knobs: dict
+    fns: Fns, state: TrainState, sampled: Sampled, graded: rewards.Graded, knobs: dict
 ) -> tuple[TrainState, dict]:
     """From graded trees to updated parameters; see `train_step`."""
-    (tree, stats, seen), reward = sampled, graded.reward
+    (tree, stats, seen, prompts), reward = sampled, graded.reward
     drawn, shaped = tree, shape_reward(fns, tree, reward)
     if fns.proximal == "learner":  # decoupled PPO: ratios start from the learner's own log-probs
         tree = tree.replace(logp_policy=cell_logps(fns, state.params, tree, prompts, knobs["temperature"]))
@@ -422,11 +436,11 @@ def train_step(fns: Fns, state: TrainState, prompts: Prompts, knobs: dict) -> tu
     Metrics are scalars, but for `samples`, some of the answers (see `show`), with `Sizes.shown`.
     """
     sampled = sample_half(fns, state, prompts, knobs)
-    return learn_half(fns, state, prompts, sampled, grade(fns, sampled.tree, prompts), knobs)
+    return learn_half(fns, state, sampled, grade(fns, sampled.tree, prompts), knobs)
 
 
-def supervised_step(fns: Fns, state: TrainState, prompts: Prompts, answer, length) -> tuple[TrainState, dict]:
-    """One update on reference answers [B, S] of `length` [B] tokens: trees of a single line."""
+def supervised_step(fns: Fns, state: TrainState, prompts: Prompts, answer, length, own) -> tuple[TrainState, dict]:
+    """One update on reference answers [B, S] of `length` [B] tokens, of which those to learn are `own` [B, S]: trees of one line."""
     parent = jnp.zeros((answer.shape[1], 1), jnp.int32)
 
     def line(token, length):
@@ -434,7 +448,7 @@ def supervised_step(fns: Fns, state: TrainState, prompts: Prompts, answer, lengt
         return T.from_parents(parent, used, jnp.array([[length - 1, 0]]), token=token[:, None])
 
     tree = jax.vmap(line)(answer, length)
-    weight = tree.used.astype(jnp.float32)
+    weight = (tree.used & own[..., None]).astype(jnp.float32)
     bins = pack(fns, tree, prompts, Cells(weight, weight, weight), jnp.ones(length.shape, bool))
     objective = supervised_objective(fns)
     grads, (loss, _, _) = gradient(fns, objective, state.params, bins, jnp.sum(weight))

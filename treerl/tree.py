@@ -16,10 +16,24 @@ from treerl import masked
 NONE = -1  # no parent, no leaf, no cell
 
 # source of a token
-SAMPLED, FORCED = 0, 1
+SAMPLED, FORCED, ENVIRONMENT = 0, 1, 2
 # end of a line; PRUNED and above say why it was pruned
 RUNNING, FINISHED, TRUNCATED, CUT, SIMILAR, DROPPED = 0, 1, 2, 3, 4, 5
 PRUNED = SIMILAR
+
+HASHES = (0x9E3779B9, 0x01000193), (0x85EBCA6B, 0x2C1B3C6D)  # (seed, odd base) of either word of a text's id
+
+
+@chex.dataclass(frozen=True)
+class Turns:
+    """The turns of the episodes that a tree's leaves are; batched trees have B in front of every field."""
+
+    turn: jax.Array  # [S, K] int32, that a cell belongs to; an observation belongs to the turn of the action it answers
+    reward: jax.Array  # [L, T] float32, that the environment gave
+    penalty: jax.Array  # [L, T] float32, what an invalid action costs
+    state_id: jax.Array  # [L, T, 2] uint32, of what the agent acted in, equal where that was the same
+    valid: jax.Array  # [L, T] bool, the action was carried out: a prefix of each leaf's turns
+    invalid: jax.Array  # [L, T] bool, malformed or not to be done
 
 
 @chex.dataclass(frozen=True)
@@ -29,13 +43,14 @@ class Tree:
     token: jax.Array  # [S, K] int32
     parent: jax.Array  # [S, K] int32, column in the row above; -1 in row 0 (the prompt)
     used: jax.Array  # [S, K] bool, a token was written
-    source: jax.Array  # [S, K] int8, SAMPLED or FORCED (by a branching rule)
+    source: jax.Array  # [S, K] int8, SAMPLED, FORCED (by a branching rule) or ENVIRONMENT (an observation)
     end: jax.Array  # [S, K] int8, RUNNING (no end here), FINISHED, TRUNCATED, CUT, or why pruned
     entropy: jax.Array  # [S, K] float32, nats, of the tempered policy the token was drawn from
     logp_behavior: jax.Array  # [S, K] float32, under the distribution sampled from; 0 if forced
     logp_policy: jax.Array  # [S, K] float32, under the tempered, untruncated policy
     leaf: jax.Array  # [L, 2] int32, (row, column) of each graded end; -1 where missing
     leaf_path: jax.Array  # [L, S] int32, column of each ancestor of the leaf; -1 below it
+    turns: Turns | None = None  # of episodes in an environment; None for text
 
 
 def leaf_valid(tree: Tree) -> jax.Array:
@@ -46,6 +61,24 @@ def leaf_valid(tree: Tree) -> jax.Array:
 def leaf_length(tree: Tree) -> jax.Array:
     """Number of tokens from the prompt to each leaf, the leaf included: int32 [L]."""
     return tree.leaf[:, 0] + 1
+
+
+def spoken(tree: Tree) -> jax.Array:
+    """Cells whose token is not an observation of an environment: bool, as `source`."""
+    return tree.source != ENVIRONMENT
+
+
+def text_id(token: jax.Array) -> jax.Array:
+    """Two 32-bit polynomial hashes (modulo 2^32) of mixed tokens: [..., n] -> uint32 [..., 2].
+
+    Texts that differ in one token never collide; among n distinct texts not chosen against the hash some pair collides
+    with probability about n^2 / 2^65.
+    """
+    powers = [[pow(base, n, 2**32) for n in range(token.shape[-1])] for _, base in HASHES]
+    x = token.astype(jnp.uint32)[..., None, :] ^ jnp.array([[seed] for seed, _ in HASHES], jnp.uint32)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):  # a bijection that mixes the bits
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return jnp.sum(x * jnp.array(powers, jnp.uint32), axis=-1)
 
 
 def _require(ok, what: str):
@@ -301,17 +334,20 @@ def check(tree: Tree) -> None:
     Every field has the shape of one tree; a used cell below row 0 of a kept path has a used parent;
     every leaf is FINISHED or TRUNCATED, in range, and no two leaves share a cell or lie on each
     other's path; leaf_path follows the parents; log-probs of kept cells are finite and not
-    positive; sources and ends are known.
+    positive; sources and ends are known; turns number the cells of each path from 0, no two steps apart, and those
+    carried out come first.
     """
     t = jax.tree.map(np.asarray, tree)
     (leaves,), (rows, slots) = _sizes(tree)
     shapes = dict(leaf=(leaves, 2), leaf_path=(leaves, rows))
     for field in dataclasses.fields(Tree):
+        if field.name == "turns":
+            continue
         _require_shape(field.name, getattr(t, field.name), shapes.get(field.name, (rows, slots)))
 
     _require((t.parent >= NONE) & (t.parent < slots), "a parent column is out of range")
     _require(t.parent[0] == NONE, "a cell of row 0 has a parent other than the prompt")
-    _require(np.isin(t.source, (SAMPLED, FORCED)), "unknown source")
+    _require(np.isin(t.source, (SAMPLED, FORCED, ENVIRONMENT)), "unknown source")
     valid = t.leaf[:, 0] >= 0
     _require((t.leaf[valid] >= 0) & (t.leaf[valid] < (rows, slots)), "a leaf is out of range")
     ends = t.end[t.leaf[valid, 0], t.leaf[valid, 1]]
@@ -328,8 +364,15 @@ def check(tree: Tree) -> None:
         seen[on] = True
     _require(np.isfinite(t.logp_behavior[seen]) & (t.logp_behavior[seen] <= 1e-5), "logp_behavior is not a log-prob")
     _require(np.isfinite(t.logp_policy[seen]) & (t.logp_policy[seen] <= 1e-5), "logp_policy is not a log-prob")
-    forced = seen & (t.source == FORCED)
+    forced = seen & (t.source != SAMPLED)
     _require(t.logp_behavior[forced] == 0, "a forced token has a behaviour log-prob other than 0")
+    if t.turns is not None:
+        _require_shape("turns.turn", t.turns.turn, (rows, slots))
+        for path, carried in zip(t.leaf_path[valid], t.turns.valid[valid]):
+            line = t.turns.turn[np.arange(rows), path][path >= 0]
+            _require(line[0] == 0 and np.isin(np.diff(line), (0, 1)).all(), "turns do not count up along a path")
+            _require(~np.diff(carried.astype(int)).clip(0).any(), "a turn was carried out after one that was not")
+            _require(carried.sum() in (line[-1], line[-1] + 1), "the turns carried out are not those of the path")
 
 
 def token_count(tree: Tree) -> tuple[jax.Array, jax.Array]:

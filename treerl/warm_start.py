@@ -68,7 +68,7 @@ def warm_start(experiment: Experiment, workdir: str, progress: bool, signals: Si
     shardings, trained = S.state_shardings(fns), lambda state: model.split(state.params)[0]
     update = jax.jit(
         functools.partial(S.supervised_step, fns),
-        in_shardings=(shardings, *[experiment.trees] * 3),
+        in_shardings=(shardings, *[experiment.trees] * 4),
         out_shardings=(shardings, sharding.replicated(experiment.mesh)),
         donate_argnums=0,
     )

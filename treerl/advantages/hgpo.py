@@ -8,8 +8,6 @@ import jax.numpy as jnp
 from treerl import masked
 from treerl import tree as T
 
-HASHES = (0x9E3779B9, 0x01000193), (0x85EBCA6B, 0x2C1B3C6D)  # (seed, odd base) of either word of a text
-
 
 def step_returns(reward: jax.Array, valid: jax.Array, gamma: float) -> jax.Array:
     """Discounts rewards backwards: R_t = r_t + gamma R_{t+1} over the valid steps.
@@ -167,9 +165,7 @@ def segments(
     so every level is the sibling group, the leaves below one cell. The state is therefore an
     abstraction, the recent text, in which lines that came different ways can meet again.
 
-    A state is two 32-bit polynomial hashes (modulo 2^32) of mixed tokens. Texts that differ in one
-    token never collide; among n distinct texts not chosen against the hash some pair collides with
-    probability about n^2 / 2^65.
+    A state is `tree.text_id` of that text.
 
     Args:
       tree: one tree. reward: [L] float32. segment: rows a step, static. gamma: discount a step.
@@ -187,8 +183,31 @@ def segments(
     valid = step < count
     returns = step_returns(jnp.where(valid & (step == count - 1), reward[:, None], 0.0), valid, gamma)
     token = jnp.pad(T.along(tree, tree.token), ((0, 0), (0, steps * segment - rows)))
-    text = _hash(token.reshape(leaves, steps, segment))
+    text = T.text_id(token.reshape(leaves, steps, segment))
     return returns, _back(text, 1), valid
+
+
+def of_turns(tree: T.Tree, gamma: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The turns of the episodes of a tree as steps.
+
+    The penalty of an invalid action comes off the step's own return and is not discounted, as in verl-agent's released
+    code, where it is taken off after the returns are made.
+
+    Args:
+      tree: one tree, with turns. gamma: discount a turn.
+
+    Returns:
+      (returns float32 [L, T], state_id uint32 [L, T, 2], valid bool [L, T]).
+    """
+    turns = tree.turns
+    valid = turns.valid & T.leaf_valid(tree)[:, None]
+    returns = step_returns(turns.reward, valid, gamma) - turns.penalty
+    return jnp.where(valid, returns, 0.0), turns.state_id, valid
+
+
+def _steps(tree: T.Tree, reward: jax.Array, segment: int, gamma: float):
+    """The steps of a tree's leaves: turns in an environment, segments of text."""
+    return segments(tree, reward, segment=segment, gamma=gamma) if tree.turns is None else of_turns(tree, gamma)
 
 
 def hgpo_tree(
@@ -203,21 +222,23 @@ def hgpo_tree(
     std: bool = True,
     zero: Literal["drop", "keep"] = "drop",
 ) -> jax.Array:
-    """Compares segments of text that follow the same text, by HGPO: `hgpo` of `segments`.
+    """Compares turns that were taken in the same state, or segments of text that follow the same text, by HGPO.
 
-    HGPO, arXiv 2602.22817, carried from environment steps to text (gamma is 1 here, 0.95 there). The leaves of the tree are the
+    HGPO, arXiv 2602.22817, `hgpo` of `of_turns`; on text, to which it is carried here, of `segments`. gamma is 1 by
+    default, 0.95 in the paper. The leaves of the tree are the
     group; every row of a leaf's path has the credit of its step, and a cell the mean over the
-    leaves below it. What differs from flat GRPO: credit belongs to cells; with segment >= S there
-    is one step, and this is GRPO with the population standard deviation. A tree whose rewards are
-    all the same gets zero.
+    leaves below it; observations have none. What differs from flat GRPO: credit belongs to cells; with segment >= S there
+    is one step, and this is GRPO with the population standard deviation. A tree of text whose rewards are
+    all the same gets zero; of episodes, of which one can be solved sooner than another, turns without contrast do.
 
     Args:
-      tree: one tree. reward: [L] float32. segment, gamma: see `segments`. Others: see `hgpo`.
+      tree: one tree. reward: [L] float32, of text; episodes have rewards in their turns. segment, gamma: see `segments`.
+        Others: see `hgpo`.
 
     Returns:
       Cell credit, float32 [S, K], 0 outside kept cells.
     """
-    steps = segments(tree, reward, segment=segment, gamma=gamma)
+    steps = _steps(tree, reward, segment, gamma)
     credit = hgpo(*steps, levels=levels, alpha=alpha, weight_shift=weight_shift, std=std, zero=zero)
     return _cell_credit(tree, reward, credit, segment)
 
@@ -231,10 +252,10 @@ def gigpo_tree(
     std: bool = False,
     step_weight: float = 1.0,
 ) -> jax.Array:
-    """Compares whole leaves, and segments that follow the same text, by GiGPO: `gigpo` of `segments`.
+    """Compares whole leaves, and turns taken in the same state or segments that follow the same text, by GiGPO.
 
-    GiGPO, arXiv 2505.10978, carried from environment steps to text, with A_E over step rows as the
-    released code: a longer leaf weighs more. Cells as in `hgpo_tree`. What differs from flat GRPO:
+    GiGPO, arXiv 2505.10978, `gigpo` of `of_turns`; on text, to which it is carried here, of `segments`. A_E is over step
+    rows as in the released code: a longer leaf weighs more. Cells as in `hgpo_tree`. What differs from flat GRPO:
     the step term; step_weight=0 with segment >= S and std=True is GRPO. gamma is 1 here and 0.95 in the paper, whose
     steps are turns.
 
@@ -244,22 +265,17 @@ def gigpo_tree(
     Returns:
       Cell credit, float32 [S, K], 0 outside kept cells.
     """
-    steps = segments(tree, reward, segment=segment, gamma=gamma)
+    steps = _steps(tree, reward, segment, gamma)
     credit = gigpo(*steps, std=std, episode=reward, step_weight=step_weight)
     return _cell_credit(tree, reward, credit, segment)
 
 
-def _hash(token):
-    """Hashes runs of tokens into two words each: token [..., n] -> uint32 [..., 2]."""
-    powers = [[pow(base, n, 2**32) for n in range(token.shape[-1])] for _, base in HASHES]
-    x = token.astype(jnp.uint32)[..., None, :] ^ jnp.array([[seed] for seed, _ in HASHES], jnp.uint32)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):  # a bijection that mixes the bits
-        x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    return jnp.sum(x * jnp.array(powers, jnp.uint32), axis=-1)
-
-
 def _cell_credit(tree, reward, credit, segment):
     """Gives every cell the mean credit of its step over the leaves below: [L, T] -> [S, K]; 0 without contrast."""
+    if tree.turns is not None:
+        turn = jnp.minimum(T.along(tree, tree.turns.turn), credit.shape[1] - 1)
+        found = T.mean_below(tree, jnp.take_along_axis(credit, turn, axis=1))
+        return jnp.where(T.spoken(tree), found, 0.0)
     rows = jnp.repeat(credit, segment, axis=1)[:, : tree.leaf_path.shape[1]]
     contrast = masked.std(reward, T.leaf_valid(tree), ddof=1) >= 1e-6  # False for fewer than two leaves
     return jnp.where(contrast, T.mean_below(tree, rows), 0.0)

@@ -119,7 +119,7 @@ class _Run:
         self.metrics = {}
 
         def generate(params, quality, prompts, key, number, knobs):
-            tree, stats, _ = S.rollout(fns, params, prompts, jax.random.wrap_key_data(key), number, knobs, quality=quality)
+            tree, stats, *_ = S.rollout(fns, params, prompts, jax.random.wrap_key_data(key), number, knobs, quality=quality)
             return tree.token, stats
 
         step = jax.jit(

@@ -119,6 +119,33 @@ def ended(action: jax.Array, words: int) -> jax.Array:
     return (action[words] == WordTokenizer.eos_id) & (length(action) == words + 1)
 
 
+def demonstration(environment: Environment) -> Callable:
+    """One episode of the scripted player: (key, task) -> (token [T * (A + O)] int32, own, the agent's, bool, reward []).
+
+    The first observation comes first; what belongs to no turn is padding.
+    """
+
+    def play(key, task):
+        keys = jax.random.split(key, environment.horizon + 1)
+        state, first = environment.reset(keys[0], task)
+
+        def turn(carry, key):
+            state, over = carry
+            action = jnp.where(over, 0, environment.player(key, state))
+            state, observation, reward, done = environment.step(state, action)
+            heard = jnp.where(over | done, 0, observation)
+            return (state, over | done), (jnp.concatenate([action, heard]), jnp.where(over, 0.0, reward))
+
+        _, (token, reward) = jax.lax.scan(turn, (state, jnp.bool_(False)), keys[1:])
+        own = jnp.broadcast_to(jnp.arange(token.shape[1]) < environment.action, token.shape)
+        token = jnp.concatenate([first, token.reshape(-1)])
+        own = jnp.concatenate([jnp.zeros(first.shape, bool), own.reshape(-1)])
+        order = jnp.argsort(token == 0, stable=True)
+        return token[order], own[order] & (token[order] != 0), jnp.sum(reward)
+
+    return play
+
+
 def draw_tasks(draw: Callable[[np.random.Generator, str], dict], seed: int, sizes: dict[str, int]) -> dict[str, dict]:
     """Draws the tasks of every split, no two alike: split -> dict of numpy arrays [N, ...].
 

@@ -7,11 +7,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from treerl import environments
+from treerl.environments import Environment
 from treerl.errors import UserError
-from treerl.tokenizers import CharTokenizer, TextTokenizer
+from treerl.tokenizers import CharTokenizer, TextTokenizer, WordTokenizer
 
 TEXT = ("addition", "reasoning_gym", "jsonl", "tfds")
-NAMES = ("countdown", *TEXT)
+NAMES = ("countdown", *TEXT, *environments.NAMES)
 
 
 class Encoded(NamedTuple):
@@ -19,7 +21,7 @@ class Encoded(NamedTuple):
 
     prompt: list[int]
     answer: list[int]  # a reference answer, EOS included
-    data: dict[str, np.ndarray]  # what the grader needs; the same shapes for every example
+    data: dict[str, np.ndarray]  # what the grader needs, or the environment's task; the same shapes for every example
 
 
 class HostGraders(NamedTuple):
@@ -44,29 +46,35 @@ class Task:
     JAX; callers vmap it. `length` counts the answer's tokens, EOS included: a correct answer
     has its EOS at `tokens[length - 1]`, and what follows is not read.
 
-    A text task has `host` instead of `grade`: graders that run on the host, see `HostGraders`.
+    A text task has `host` instead of `grade`: graders that run on the host, see `HostGraders`. A task of an environment
+    has neither: its answers are episodes, which the environment rewards.
 
     `parse(text)` makes an example, without a reference answer, of a prompt that a user wrote as the
     model reads it; it raises ValueError, naming --prompt and the fix.
     """
 
-    tokenizer: CharTokenizer | TextTokenizer
+    tokenizer: CharTokenizer | WordTokenizer | TextTokenizer
     train: Sequence[dict[str, Any]]  # random access: len(train), train[i]
     heldout: Sequence[dict[str, Any]]  # shares no example with train
     encode: Callable[[dict[str, Any]], Encoded]
     grade: Callable[[jax.Array, jax.Array, dict[str, jax.Array]], jax.Array] | None
     host: HostGraders | None = None
     parse: Callable[[str], dict[str, Any]] | None = None  # None: the task takes no prompts of users
+    environment: Environment | None = None  # in which answers are episodes; `encode` then gives no reference answer
+    demonstrate: Callable[[dict], tuple[np.ndarray, np.ndarray]] | None = None  # an episode to learn from: its tokens
+    #             [n], observations included, and which of them are the agent's
+    novel: Sequence[dict[str, Any]] | None = None  # held-out examples of another distribution
 
 
 def make(
-    config: ConfigDict, data_dir: str, text: ConfigDict | None = None, tokenizer: CharTokenizer | TextTokenizer | None = None
-) -> Task:
+    config: ConfigDict, data_dir: str, text: ConfigDict | None = None, tokenizer: CharTokenizer | TextTokenizer | None = None,
+    environment: ConfigDict | None = None,
+) -> Task:  # fmt: skip
     """Builds the task `config.name`, preparing its examples under data_dir once.
 
     Args:
       text: the section `text` of the config, which text tasks read. tokenizer: theirs, that of the model; None for one
-        token a character.
+        token a character. environment: the section of that name, for tasks that are environments.
 
     Raises ValueError where the name is unknown or a field of the config cannot work.
     """
@@ -75,6 +83,12 @@ def make(
         from treerl.tasks import countdown
 
         return countdown.make(config, data_dir)
+    if config.name in environments.NAMES:
+        from treerl.tasks import agents
+
+        if tokenizer is not None:
+            raise UserError(f"task.name={config.name!r} has words of its own, and model.source={tokenizer.folder!r} others; set it to ''.")
+        return agents.make(config, environment)
     if config.name in TEXT:
         from treerl.tasks import text as texts
 
