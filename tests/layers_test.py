@@ -23,10 +23,10 @@ ROWS = [
     {"step"},
     {"experiment"},
     {"warm_start", "plan", "sweep", "bench"},
-    {"train"},
+    {"train", "seeds"},
 ]
 ROW_OF = {unit: number for number, row in enumerate(ROWS) for unit in row}
-READS_CONFIG = {"config", "workdir", "functions", "experiment", "warm_start", "plan", "sweep", "train", "bench"}
+READS_CONFIG = {"config", "workdir", "functions", "experiment", "warm_start", "plan", "sweep", "train", "seeds", "bench"}
 TOP_LEVEL = {"setup.py", "README.md", "LICENSE", "treerl", "experiments", "launch", "notebooks", "tests"}
 FORBIDDEN = ("tensorflow", "torch")
 

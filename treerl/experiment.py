@@ -99,8 +99,8 @@ class Experiment:
         return sharding.place(S.make_knobs(self.config, self.task), sharding.replicated(self.mesh))
 
     @functools.cached_property
-    def _batches(self) -> dict[str, list]:
-        """Batches of held-out prompts by split, on the mesh."""
+    def batches(self) -> dict[str, list]:
+        """The held-out prompts of `evaluate` in batches, on the mesh, by what is put in front of their scores' names."""
         batch = lambda examples, part: self.prompts([examples[i] for i in part], np.asarray(part))
         return {
             name: [batch(self.splits[name], range(start, start + starts.step)) for start in starts]
@@ -208,14 +208,13 @@ class Experiment:
           also heldout/reward, no majority, and all of the split of another distribution, as novel/NAME.
         """
         found = {}
-        for split, batches in self._batches.items():
-            named = lambda key: key.replace("heldout/", split) if split and key.startswith("heldout/") else split + key
-            found |= {named(key): value for key, value in self._scores(batches, state, seed, check).items()}
+        for split, batches in self.batches.items():
+            found |= named(split, self._scores(batches, state, seed, check))
         return found
 
     def _scores(self, batches: list, state, seed: int, check) -> dict:
         """See `evaluate`."""
-        key, n = jax.random.key(seed), self.config.evaluation.samples
+        key = jax.random.key(seed)
 
         def scores_of(batch, tree, known):
             graded = self.grade(tree, batch)
@@ -228,8 +227,11 @@ class Experiment:
             gathered += [scores_of(*waiting)] if waiting else []
             waiting = sampled
         gathered.append(scores_of(*waiting))
-        found = {name: np.concatenate([x[name] for x in jax.device_get(gathered)]) for name in gathered[0]}
-        acts = self.fns.environment is not None
+        return self.summarise({name: np.concatenate([x[name] for x in jax.device_get(gathered)]) for name in gathered[0]})
+
+    def summarise(self, found: dict) -> dict:
+        """Scores, as of `evaluate`, of numpy arrays [N, n] of samples: valid, reward, answer, parts and perhaps score."""
+        n, acts = found["reward"].shape[1], self.fns.environment is not None
         right, names = found["reward"] > (0.999 if acts else 0.5), self.fns.host.names if self.fns.host is not None else ()
         if self.config.text.right and names:
             right = found["parts"][..., names.index(self.config.text.right)] > 0.5
@@ -291,6 +293,11 @@ class Experiment:
         view = dict(reward=grown.reward[i], advantage=grown.advantage[i])
         tree, decode = jax.tree.map(lambda x: x[i], grown.tree), self.task.tokenizer.decode
         return draw.format_tree(tree, decode, **view) + "\n\n" + draw.format_leaves(tree, decode, **view)
+
+
+def named(split: str, scores: dict) -> dict:
+    """Scores with the split in front of their names: pass@1, novel/pass@1; heldout/reward, novel/reward."""
+    return {split + (key.removeprefix("heldout/") if split else key): value for key, value in scores.items()}
 
 
 def grow(fns: S.Fns, state, prompts, key, step, knobs) -> S.Sampled:

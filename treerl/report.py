@@ -16,6 +16,9 @@ from treerl.files import write_text
 GROUPS = (
     ("reward", ("reward", "solved")),
     ("scores of graders", ("reward/*", "heldout/*")),
+    ("held-out tasks of another distribution", ("novel/*",)),
+    ("turns of an episode", ("turns",)),
+    ("invalid actions", ("invalid",)),
     ("answers that graders failed on", ("graders_*",)),
     ("pass@k and votes on held-out examples", ("pass@*", "majority@*", "weighted@*")),
     ("loss", ("loss",)),
@@ -179,7 +182,7 @@ def _group(name: str) -> str:
 
 def curve(history: list[dict], metric: str) -> np.ndarray:
     """(step, tokens sampled up to then, value) of the steps at which a metric was measured: float64 [n, 3]."""
-    tokens = np.cumsum([line["sampled_tokens"] for line in history])
+    tokens = np.cumsum([line.get("sampled_tokens", 0) for line in history])  # a line of step 0 has scores alone
     rows = [(line["step"], t, line[metric]) for line, t in zip(history, tokens) if line.get(metric) is not None]
     if not rows:
         known = sorted({name for line in history for name in line if "@" in name})

@@ -1,0 +1,144 @@
+"""Several seeds of an experiment in one program: what a small model leaves idle of a device, others use.
+
+Each seed has parameters, order of examples, warm start and random draws of its own, as a run of `train` has. Loops whose
+length depends on data run until the last seed is done.
+"""
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from scipy import stats
+from tqdm import tqdm
+
+from treerl import metrics, processes, sharding
+from treerl import prompts as P
+from treerl import step as S
+from treerl.checkpoint import Checkpoints
+from treerl.errors import UserError, writing
+from treerl.experiment import Experiment, named
+from treerl.optimizer import make_optimizer
+from treerl.warm_start import first_examples
+from treerl.workdir import claim, write_config
+
+
+class Seeds:
+    """The programs of an experiment for N seeds; states have N in front of every array."""
+
+    def __init__(self, config: ConfigDict, seeds: list[int]):
+        """Raises UserError where the experiment cannot run so."""
+        self.seeds, self.experiment = seeds, Experiment(config)
+        fns, task = self.experiment.fns, self.experiment.task
+        if fns.host is not None or processes.several() or self.experiment.mesh.size > 1:
+            raise UserError("several seeds in one program need one device and no graders on the host; use launch.sweep.")
+        if self.experiment.folder:
+            raise UserError("several seeds in one program start from random weights; use launch.sweep, or set model.source=''.")
+        self.knobs = self.experiment.knobs
+        self._step = jax.jit(jax.vmap(functools.partial(S.train_step, fns), in_axes=(0, 0, None)), donate_argnums=0)
+
+        def sample(params, quality, prompts, key, knobs):
+            tree, known = S.evaluate_sample(fns, params, quality, prompts, key, knobs, samples=config.evaluation.samples)
+            graded = S.grade(fns, tree, prompts)
+            return dict(known, reward=graded.reward, answer=graded.key, parts=graded.parts)
+
+        self._sample = jax.jit(jax.vmap(sample, in_axes=(0, 0, None, None, None)))
+        self._streams = [P.Stream(task.train, seed) for seed in seeds]
+
+    def start(self):
+        """The states before anything is learnt."""
+        return jax.jit(jax.vmap(functools.partial(S.init_state, self.experiment.fns)))(jnp.array(self.seeds))
+
+    def shape(self):
+        """The states as ShapeDtypeStructs, to restore into."""
+        whole = sharding.replicated(self.experiment.mesh)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(self.start))
+
+    def _prompts(self, streams, position: int, count: int):
+        """The next examples of each seed's stream: (prompts [N, count, ...], examples by seed)."""
+        config, task = self.experiment.config, self.experiment.task
+        drawn = [stream.examples(position, count) for stream in streams]
+        prompts = [P.encode(task, list(examples), index, config.sampler.prompt_length) for examples, index in drawn]
+        return jax.tree.map(lambda *x: np.stack(x), *prompts), [list(examples) for examples, _ in drawn]
+
+    def warm_start(self, states, progress: bool = False):
+        """`warm_start.steps` supervised updates, all of them: patience is not for seeds that march together."""
+        whole, config = self.experiment.config, self.experiment.config.warm_start
+        if not config.steps:
+            return states
+        optimizer = ConfigDict(dict(whole.optimizer, learning_rate=config.learning_rate, schedule="constant"))
+        fns = self.experiment.fns._replace(optimizer=make_optimizer(optimizer, config.steps))
+        restart = lambda fns: jax.jit(jax.vmap(functools.partial(S.restart, fns)), donate_argnums=0)
+        update = jax.jit(jax.vmap(functools.partial(S.supervised_step, fns)), donate_argnums=0)
+        streams = [P.Stream(first_examples(self.experiment), seed) for seed in self.seeds]
+        states = restart(fns)(states)
+        for number in tqdm(range(config.steps), desc="warm start", disable=not progress):
+            prompts, examples = self._prompts(streams, number * config.batch, config.batch)
+            answers = [P.encode_answers(self.experiment.task, own, whole.sampler.answer_length) for own in examples]
+            states, values = update(states, prompts, *map(np.stack, zip(*answers)))
+        if not np.all(np.isfinite(values["loss"])):
+            raise UserError("the warm start diverged; lower warm_start.learning_rate.")
+        return restart(self.experiment.fns)(states)
+
+    def step(self, states, number: int):
+        """Update number `number`, from 1: (states, metrics [N])."""
+        count = self.experiment.config.sampler.prompts
+        prompts, _ = self._prompts(self._streams, (number - 1) * count, count)
+        states, values = self._step(states, prompts, self.knobs)
+        values.pop("samples", None)
+        return states, jax.device_get(values)
+
+    def evaluate(self, states) -> list[dict]:
+        """The scores of each seed, see `Experiment.evaluate`."""
+        scores = [{} for _ in self.seeds]
+        for split, batches in self.experiment.batches.items():
+            found = [jax.device_get(self._sample(states.params, states.quality, batch, jax.random.key(0), self.knobs)) for batch in batches]
+            for i, own in enumerate(scores):
+                own |= named(split, self.experiment.summarise({k: np.concatenate([x[k][i] for x in found]) for k in found[0]}))
+        return scores
+
+
+def train(config: ConfigDict, workdir: str, count: int, progress: bool = True) -> dict:
+    """Trains seeds config.seed, config.seed + 1, ... side by side, from the last checkpoint if there is one.
+
+    Writes workdir/seedN/metrics.jsonl, as `train.train` does and with a line of step 0 for the scores before, and
+    checkpoints of all seeds together.
+
+    Returns:
+      name -> (mean, half width of the 95% interval by Student's t) over the seeds, of the scores at the end.
+    """
+    if count < 1:
+        raise UserError(f"--count={count} cannot work; set it to 1 or more seeds.")
+    claim(workdir, config)
+    run = Seeds(config, list(range(config.seed, config.seed + count)))
+    with writing(f"workdir={workdir}", "make room or allow it, and the same command goes on."), Checkpoints(workdir) as checkpoints:
+        write_config(workdir, config)
+        restored = checkpoints.restore_latest(run.shape())
+        done, states, extra = restored or (0, None, {})
+        path = lambda seed: os.path.join(workdir, f"seed{seed}", "metrics.jsonl")
+        files = [metrics.MetricsFile(path(seed), done if restored else -1) for seed in run.seeds]
+        if states is None:
+            states = run.warm_start(run.start(), progress)
+            scores = run.evaluate(states)
+            for file, own in zip(files, scores):
+                file.write(0, own)
+            checkpoints.save(0, states, extra=dict(scores=scores))
+        else:
+            scores = extra["scores"]
+        bar = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc="train", disable=not progress)
+        for number in bar:
+            states, values = run.step(states, number)
+            measured = number % config.evaluation.every == 0 or number == config.steps
+            scores = run.evaluate(states) if measured else scores
+            for i, file in enumerate(files):
+                file.write(number, {k: v[i] for k, v in values.items()} | (scores[i] if measured else {}))
+            if measured:
+                bar.set_postfix({k: f"{np.mean([own[k] for own in scores]):.3f}" for k in scores[0] if k.endswith("pass@1")})
+            if number % config.checkpoint_every == 0 or number == config.steps:
+                checkpoints.save(number, states, extra=dict(scores=scores))
+        for file in files:
+            file.close()
+    quantile = stats.t.ppf(0.975, max(count - 1, 1)) / count**0.5
+    half = lambda values: float(quantile * np.std(values, ddof=1)) if count > 1 else None
+    return {k: (float(np.mean(v)), half(v)) for k in scores[0] for v in [[own[k] for own in scores]]}
