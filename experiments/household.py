@@ -16,7 +16,7 @@ def get_config(arg: str | None = None):
         raise UserError(f"variant={given['variant']!r} is unknown; known are {', '.join(VARIANTS)}.")
     config = default()
     config.seed, config.steps = given["seed"], 200
-    config.task.update(name="household", train_size=4096, heldout_size=256)
+    config.task.update(name="household", train_size=16384, heldout_size=256)
     config.environment.update(anchor="observation")
     config.sampler.update(prompts=16, slots=8, prompt_length=6, answer_length=256, segment=8)
     config.branching.rule, config.pruning.rule = "stochastic", "none"
@@ -26,7 +26,7 @@ def get_config(arg: str | None = None):
     config.model.update(layers=4, width=128, heads=4, kv_heads=2, head_dim=32, hidden=384)
     config.learner.update(bin_tokens=512, bins_per_step=32)
     config.optimizer.update(learning_rate=3e-4)
-    config.warm_start.update(examples=2048, steps=400, batch=64, learning_rate=1e-3, eval_every=100)
+    config.warm_start.update(examples=16384, steps=1000, batch=64, learning_rate=2e-3, eval_every=100)
     config.evaluation.update(every=20, examples=256, samples=4, batch=256)
     config.checkpoint_every = 50
     config.samples_every = 0

@@ -347,7 +347,7 @@ def test_slots_can_change_places(name):
         where = np.argsort(order)
         move = lambda x: np.where(np.asarray(x) >= 0, where[np.asarray(x)], -1)
         leaf = np.asarray(tree.leaf)[order]
-        cells = {k: v[:, order] for k, v in tree.items() if k not in ("leaf", "leaf_path", "parent")}
+        cells = {k: v[:, order] for k, v in tree.items() if k not in ("leaf", "leaf_path", "parent", "turns")}
         other = T.from_parents(
             move(tree.parent)[:, order], cells.pop("used"), np.stack([leaf[:, 0], move(leaf[:, 1])], 1), **cells
         )

@@ -175,7 +175,7 @@ def test_every_field_was_thought_of():
         "optimizer.ess", "optimizer.schedule", "pruning.backward", "pruning.backward_options", "pruning.rule",
         "pruning.options", "pruning.weights", "model.preset", "mesh.data", "mesh.fsdp", "mesh.tensor",
         "model.source", "text.source", "text.heldout", "text.options", "text.graders",
-        "text.right",
+        "text.right", "environment.options",
     }  # fmt: skip
     known = {name for name, _ in C.fields(default()) if not name.startswith("task.")}
     assert len(ruled) == len(set(ruled))

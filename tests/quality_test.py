@@ -163,7 +163,7 @@ def test_log_probs_after_compaction_are_those_of_a_full_forward_pass(refork):
         compared = forks = 0
         for seed in range(2):
             state = t.state(seed)
-            tree, stats, _ = jax.jit(functools.partial(S.rollout, t.fns))(
+            tree, stats, *_ = jax.jit(functools.partial(S.rollout, t.fns))(
                 state.params, t.prompts(), jax.random.key(seed), 0, t.knobs, quality=state.quality
             )
             logp = S.cell_logps(t.fns, state.params, tree, t.prompts(), jnp.float32(1))
@@ -273,7 +273,7 @@ def test_samples_vote_by_their_answer_and_by_the_score_of_their_end(pruned):
     run = jax.jit(functools.partial(S.evaluate_sample, t.fns, samples=4))
     drawn, found = jax.device_get(run(state.params, quality, t.prompts(), jax.random.key(3), t.knobs))
     answer = np.asarray(S.grade(t.fns, drawn, t.prompts()).key)
-    tree, _, seen = jax.jit(functools.partial(S.rollout, t.fns, slots=4))(
+    tree, _, seen, _ = jax.jit(functools.partial(S.rollout, t.fns, slots=4))(
         state.params, t.prompts(), jax.random.key(3), 0, t.knobs
     )
     assert not np.any(np.asarray(tree.end) == T.DROPPED) and found["valid"].all()

@@ -285,7 +285,7 @@ CHANGES = dict(
     fill_after=np.int32(2), greedy=np.bool_(True),
     clip_low=np.float32(0.1), clip_high=np.float32(0.3), kl=np.float32(0.1), dual_clip=np.float32(3), importance_cap=np.float32(5),
     detection=np.int32(3), kappa=np.float32(0.4), rho=np.float32(0.3), pruning_from=np.int32(7), smoothing=np.float32(2),
-    decay=np.float32(0.7),  # these once more with a rule that reads them: quality_test
+    decay=np.float32(0.7), invalid_penalty=np.float32(0.1),  # these once more with a rule that reads them: quality_test
 )  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def advance(environment: Environment, worlds: Worlds, token: jax.Array, writes: 
       token: [B, N] int32. writes: [B, N] bool. end: [E] int32, tokens that end an action.
     """
     heard, speaks = listens(worlds), writes & ~listens(worlds)
-    place = length(worlds.said)
+    place, token = length(worlds.said), jnp.where(token == 0, environment.tokenizer.vocab_size, token)  # a pad is no word
     said = jnp.where((jnp.arange(worlds.said.shape[-1]) == place[..., None]) & speaks[..., None], token[..., None], worlds.said)
     acts = speaks & (jnp.any(token[..., None] == end, axis=-1) | (place == worlds.said.shape[-1] - 1))
     action = jnp.where(acts[..., None], said, 0)

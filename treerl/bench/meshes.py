@@ -109,8 +109,8 @@ def _run(folder: str, started: str, steps: int, shape, processes: int) -> dict:
     with open(out + ".json", encoding="utf-8") as file:
         metrics = json.load(file)
     arrays = np.load(out + ".npz")
-    fields = [field.name for field in dataclasses.fields(T.Tree)]
-    trees = [T.Tree(**{name: arrays[f"{i}/{name}"] for name in fields}) for i in range(steps)]
+    fields = [field.name for field in dataclasses.fields(T.Tree)]  # no turns: Countdown is text
+    trees = [T.Tree(**{name: arrays.get(f"{i}/{name}") for name in fields}) for i in range(steps)]
     return dict(metrics=metrics, trees=trees)
 
 
@@ -136,7 +136,7 @@ def child(what: dict) -> None:
     for i in range(what["steps"]):
         prompts = experiment.prompts(*stream.examples(i * config.sampler.prompts, config.sampler.prompts))
         sampled = experiment._gather(experiment._sample_half(state, prompts, experiment.knobs).tree)
-        arrays |= {f"{i}/{name}": x for name, x in jax.device_get(sampled).items()}
+        arrays |= {f"{i}/{name}": x for name, x in jax.device_get(sampled).items() if x is not None}
         state, values = experiment.train_step(state, prompts, experiment.knobs)
         numbers.append(metrics.plain(jax.device_get(values)))
     if processes.is_first():

@@ -40,7 +40,7 @@ class Environment:
     goal: Callable  # (task) -> [G]: what the agent is asked for, in front of the first observation
     reset: Callable  # (key, task) -> (state, observation [O])
     step: Callable  # (state, action [A]) -> (state, observation [O], reward [] float32, done [] bool); any tokens are
-    #                 legal input. When an episode is over nothing changes: reward 0, done.
+    #                 legal input, ids beyond the vocabulary too. When an episode is over nothing changes: reward 0, done.
     state_id: Callable  # (state) -> [2] uint32, equal exactly where states are
     invalid: Callable  # (state) -> [] bool: the action before was malformed, or not to be done in its state
     player: Callable  # (key, state) -> action [A], of a script of middling quality: who to learn from at first
