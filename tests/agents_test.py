@@ -1,0 +1,207 @@
+"""Agents from the config to the update: the step on the device, what is learnt from, evaluation, several seeds."""
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from treerl import environments, metrics, seeds, tasks
+from treerl import prompts as P
+from treerl import step as S
+from treerl import tree as T
+from treerl.config import default
+from treerl.errors import UserError
+from treerl.experiment import Experiment
+from treerl.train import train
+
+
+def small(name="household", **changes):
+    config = default()
+    config.task.update(name=name, train_size=64, heldout_size=8)
+    config.environment.update(horizon=6, invalid_penalty=0.125)
+    config.sampler.update(prompts=2, slots=3, prompt_length=9, answer_length=48, segment=8)
+    config.branching.update(rule="lookahead", at="turn", tau_abs=0.01, tau_rel=0.9)
+    config.pruning.rule = "none"
+    config.advantage.name = "hgpo"
+    config.learner.update(bin_tokens=128, bins_per_step=4)
+    config.model.update(layers=1, width=16, heads=2, kv_heads=1, head_dim=8, hidden=32)
+    config.warm_start.update(examples=64, steps=4, batch=8, eval_every=4)
+    config.evaluation.update(examples=4, batch=4, samples=2)
+    for key, value in changes.items():
+        section, _, field = key.partition("__")
+        if field:
+            config[section][field] = value
+        else:
+            config[section] = value
+    return config
+
+
+@functools.cache
+def experiment(name="household"):
+    return Experiment(small(name))
+
+
+@functools.cache
+def sampled(name="household"):
+    found = experiment(name)
+    prompts = found.prompts(*found.stream().examples(0, 2))
+    return found, prompts, found._sample_half(found.init(0), prompts, found.knobs)
+
+
+def test_the_whole_step_stays_on_the_device():
+    """No transfer, however small, and no call of the host, while a step samples, acts, grades, credits and updates."""
+    found, prompts, _ = sampled()
+    state, knobs = found.init(0), found.knobs
+    state, _ = found.train_step(state, prompts, knobs)
+    with jax.transfer_guard("disallow"):
+        state, values = found.train_step(state, prompts, knobs)
+        jax.block_until_ready(values)
+    text = found._whole_step.lower(found.state_shape(), found.prompts_shape(), knobs).compile().as_text()
+    assert "callback" not in text and "infeed" not in text and "outfeed" not in text and " send(" not in text
+    assert int(state.step) == 2 and float(values["turns"]) > 1 and 0 < float(values["invalid"]) <= 1
+
+
+@pytest.mark.parametrize("name", environments.NAMES[:2])
+def test_sampler_and_learner_agree_on_episodes(name):
+    """Log-probs of every kept cell, observations too: the learner reads the very text that the sampler read."""
+    found, _, grown = sampled(name)
+    logp = S.cell_logps(found.fns, found.init(0).params, grown.tree, grown.prompts, jnp.float32(1))
+    kept = np.asarray(jax.vmap(T.kept)(grown.tree))
+    assert np.any(kept & (np.asarray(grown.tree.source) == T.ENVIRONMENT))
+    np.testing.assert_allclose(np.where(kept, logp, 0), np.where(kept, grown.tree.logp_policy, 0), atol=2e-5)
+
+
+def test_observations_have_no_weight_and_their_log_probs_do_not_matter():
+    found, prompts, grown = sampled()
+    state, tree = found.init(0), grown.tree
+    told = np.asarray(tree.source) == T.ENVIRONMENT
+    reward = jnp.asarray(np.random.default_rng(0).normal(size=tree.leaf.shape[:2]), jnp.float32)
+    for credit in (reward, jnp.ones(tree.token.shape)):
+        cells, denominator = jax.vmap(lambda t, c: S.weigh(found.fns, t, c, jnp.ones(3), found.knobs))(tree, credit)
+        assert all(not np.any(np.asarray(x)[told]) for x in cells) and np.any(cells.weight)
+    np.testing.assert_allclose(denominator.sum(), np.asarray(jax.vmap(T.kept)(tree) & ~told).sum())
+    lied = tree.replace(logp_policy=jnp.where(told, tree.logp_policy - 3, tree.logp_policy))
+    np.testing.assert_array_equal(jax.vmap(S.leaf_importance)(tree), jax.vmap(S.leaf_importance)(lied))
+
+
+def test_a_penalty_comes_off_the_reward_that_is_trained_on():
+    found, _, grown = sampled()
+    graded = S.grade(found.fns, grown.tree, grown.prompts)
+    shaped = S.shape_reward(found.fns, grown.tree, graded.reward)
+    count = np.asarray(grown.tree.turns.invalid).sum(-1)
+    assert count.max() > 0
+    np.testing.assert_allclose(shaped, np.asarray(graded.reward) - 0.125 * count, atol=1e-6)
+
+
+# --- demonstrations --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", environments.NAMES[:2])
+def test_a_demonstration_is_an_episode_of_the_player(name):
+    """Its own tokens, carried out by the environment, give the observations that stand between them."""
+    task = experiment(name).task
+    env, solved = task.environment, 0
+    step = jax.jit(env.step)
+    for row in range(12):
+        example = task.train[row]
+        token, own = task.demonstrate(example)
+        state, observation = env.reset(jax.random.key(0), task.encode(example).data)
+        want, mine, over, reward = [int(t) for t in observation if t], [False], False, 0.0
+        mine = [False] * len(want)
+        while not over:
+            action = [int(t) for t in token[len(want) :][: env.action]]
+            action = action[: action.index(1) + 1]
+            state, observation, earned, over = step(state, jnp.array(action + [0] * (env.action - len(action)), jnp.int32))
+            said = [] if over else [int(t) for t in observation if t]
+            want, mine, reward = want + action + said, mine + [True] * len(action) + [False] * len(said), reward + float(earned)
+        assert token.tolist() == want and own.tolist() == mine
+        solved += reward == 1
+    again = tasks.make(small(name).task, "", environment=small(name).environment)
+    np.testing.assert_array_equal(again.demonstrate(task.train[3])[0], task.demonstrate(task.train[3])[0])
+
+
+def test_long_demonstrations_are_cut_and_observations_are_not_learnt():
+    task = experiment().task
+    token, length, own = P.encode_answers(task, [task.train[i] for i in range(8)], 20)
+    assert token.shape == own.shape == (8, 20) and length.max() == 20
+    for i in range(8):
+        whole, mine = task.demonstrate(task.train[i])
+        np.testing.assert_array_equal(token[i, : length[i]], whole[:20])
+        np.testing.assert_array_equal(own[i, : length[i]], mine[:20])
+    found = experiment()
+    state, prompts = found.init(0), found.prompts([task.train[i] for i in range(8)], np.arange(8))
+    loss = lambda own: S.supervised_step(found.fns, state, prompts, token, length, own)[1]["loss"]
+    assert abs(float(loss(own)) - float(loss(np.arange(20) < length[:, None]))) > 1e-4
+
+
+# --- runs ------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_evaluated_on_both_distributions(tmp_path):
+    config = small(steps=2, evaluation__every=1)
+    summary = train(config, str(tmp_path), progress=False)
+    lines = metrics.read(tmp_path / "metrics.jsonl")
+    assert {"pass@1", "pass@2", "heldout/reward", "novel/pass@1", "novel/pass@2", "novel/reward", "turns", "invalid"} <= set(lines[-1])
+    assert not any("majority" in name for name in lines[-1]) and summary["steps"] == 2
+    page = (tmp_path / "report.html").read_text()
+    assert "held-out tasks of another distribution" in page and "invalid actions" in page
+
+
+def test_seeds_in_one_program_are_what_each_is_alone(tmp_path):
+    """Trees and updates of a seed do not depend on its neighbours; and a run goes on where it stopped."""
+    config = small(steps=3, evaluation__every=2, checkpoint_every=1)
+    found = seeds.train(config, str(tmp_path / "two"), 2, progress=False)
+    alone = small(steps=3, evaluation__every=2, checkpoint_every=1, seed=1)
+    seeds.train(alone, str(tmp_path / "one"), 1, progress=False)
+    two, one = (metrics.read(tmp_path / name / "seed1" / "metrics.jsonl") for name in ("two", "one"))
+    assert [line["step"] for line in two] == [0, 1, 2, 3]
+    for mine, own in zip(two, one, strict=True):
+        assert mine.keys() == own.keys()
+        for name in mine:
+            np.testing.assert_allclose(mine[name], own[name], rtol=2e-3, atol=2e-5, err_msg=name)
+    other = metrics.read(tmp_path / "two" / "seed0" / "metrics.jsonl")
+    assert other[1]["entropy"] != two[1]["entropy"] and 0 <= found["pass@1"][0] <= 1
+    again = seeds.train(config, str(tmp_path / "two"), 2, progress=False)
+    assert again == json.loads(json.dumps(found)) or again == found
+    assert metrics.read(tmp_path / "two" / "seed1" / "metrics.jsonl") == two
+
+
+def test_seeds_go_on_after_a_stop(tmp_path, monkeypatch):
+    config = small(steps=3, evaluation__every=3, checkpoint_every=1)
+    seeds.train(config, str(tmp_path / "whole"), 2, progress=False)
+    step = seeds.Seeds.step
+
+    def stops(self, states, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(self, states, number)
+
+    monkeypatch.setattr(seeds.Seeds, "step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        seeds.train(config, str(tmp_path / "cut"), 2, progress=False)
+    monkeypatch.setattr(seeds.Seeds, "step", step)
+    seeds.train(config, str(tmp_path / "cut"), 2, progress=False)
+    for name in ("seed0", "seed1"):
+        whole, cut = (metrics.read(tmp_path / run / name / "metrics.jsonl") for run in ("whole", "cut"))
+        assert whole == cut
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: Experiment(small(task__name="garden")), "task.name='garden' is unknown"),
+        (lambda: Experiment(small(environment__horizon=-2)), "environment.horizon=-2 cannot work"),
+        (lambda: Experiment(small(environment__anchor="place")), "environment.anchor='place' cannot work"),
+        (lambda: Experiment(small(branching__at="word")), "branching.at='word' cannot work"),
+        (lambda: Experiment(small(learner__bin_tokens=60)), "first observation"),
+        (lambda: Experiment(small(environment__options={"mistake": 1.0})), "environment.options has no 'mistake'"),
+        (lambda: Experiment(small(evaluation__batch=3, evaluation__examples=8)), "evaluation.batch=3"),
+        (lambda: seeds.train(small(), "unused", 0), "--count=0 cannot work"),
+    ],
+)
+def test_bad_input_gets_a_sentence(make, words):
+    with pytest.raises(UserError) as error:
+        make()
+    assert words in str(error.value)
