@@ -3,7 +3,8 @@
 The agent walks through the rooms of a house and opens, takes, puts, unlocks and eats things until a quest is done, for
 reward 1. The goal is the game's own account of the quest, the observation what it answers, see `host` for how both
 become tokens. An action is a command such as "take key from box"; one that the game does not list as admissible is
-invalid, and is given to the game all the same.
+invalid. The game answers it all the same, unless it begins with no verb of the quests: those are for the machine, such
+as "undo" and "restart", or answer a question of its own.
 
 Games are made when they are first needed, about a second each, in the process that plays them, and kept in a folder.
 Tasks of the split novel have more rooms and longer quests. TextWorld, arXiv 1806.11532.
@@ -25,13 +26,14 @@ from treerl.tokenizers import WordTokenizer
 APART = 2**24  # from the first number of a split to that of the next
 # What the compiled games say in addition to the words of the generator's grammar.
 SPOKEN = """
-    a able already an and any anything are as aren't at be been but by can can't carrying carried closed command contains
-    could did do don't door down drop dropped east eat eaten end exit first floor for from go going gone good got ground
-    have here hold holding how i i'm in inside into inventory is isn't it it's its just key like lock locked lost me more
-    much must need no north nothing noun of off on one only open opened opening or other out over player point points
-    possible put putting quite really recognise revealing say score see seem seems something south supposed take taken
-    that that's the them there there's things this to too top turn turns under understood undo unlock unlocked up verb
-    want was way welded west what which with won't would you you'd you're your yourself
+    a able already an and any anything are aren't as at be been but by can can't carried carrying closed command
+    contains could did do don't door down drop dropped east eat eaten end exit first floor for from go going gone good
+    got ground have here hold holding how i i'm in inedible inside into inventory is isn't it it's its itself just key
+    like lock locked lost me more much must need no north nothing noun of off ok on one only open opened opening or
+    other out over passes plainly player point points possible provide put putting quite really recognise revealing say
+    score see seem seems something south specific supposed take taken that that's the them there there's things this to
+    too top turn turns under understood unlock unlocked up verb want was way welded west what which with won't would
+    you you'd you're your yourself
 """
 
 
@@ -54,14 +56,16 @@ class Adventure:
     def reset(self, number: int) -> str:
         import textworld
 
-        wanted = textworld.EnvInfos(feedback=True, objective=True, admissible_commands=True, policy_commands=True, won=True)
-        self._env = textworld.start(self._file(number), wanted)
+        wanted = ("feedback", "objective", "admissible_commands", "policy_commands", "verbs", "won")
+        self._env = textworld.start(self._file(number), textworld.EnvInfos(**dict.fromkeys(wanted, True)))
         self._state = self._env.reset()
         return _spoken(self._state.feedback, self._state.objective)
 
     def step(self, text: str) -> tuple[str, float, bool, bool]:
         # A name may have marks or capitals that an agent cannot write.
         known = {" ".join(words(command)): command for command in self._state.admissible_commands}
+        if text not in known and text.split()[0] not in self._state.verbs:
+            return "That's not a verb I recognise.", 0.0, False, False
         self._state, _, done = self._env.step(known.get(text, text))
         return _spoken(self._state.feedback), float(self._state.won), bool(done), text in known
 
