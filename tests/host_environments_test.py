@@ -1,6 +1,7 @@
 """Games of ordinary Python behind the protocol: by live game or by replay, in forks and batches, and when they fail."""
 import contextlib
 import functools
+import gc
 import importlib.util
 import os
 import pathlib
@@ -74,7 +75,7 @@ def play(env, numbers, texts):
 
 def random_texts(seed, turns, count):
     rng = random.Random(seed)
-    pool = ["add", "double", "double", "add", "print", "finish", "<unk>", "add add", "#0", "#1", "#2", "#3", "#4", "#5"]
+    pool = ["add", *["double"] * 9, "print", *["finish"] * 2, "<unk>", "add add", *(f"#{i}" for i in range(len(MALFORMED)))]
     return [[rng.choice(pool) for _ in range(count)] for _ in range(turns)]
 
 
@@ -316,6 +317,7 @@ def test_processes_end_with_the_environment():
     assert alive(own)
     del env
     jax.clear_caches()  # programs hold the functions that they call
+    gc.collect()
     assert ends(own)
 
 

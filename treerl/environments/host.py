@@ -116,14 +116,21 @@ def adapt(
     )  # fmt: skip
 
 
+def read(tokenizer: WordTokenizer, action: bytes) -> str | None:
+    """The text of an action [A], int32 in bytes; None for one that is not words, an end, and nothing else."""
+    tokens = np.trim_zeros(np.frombuffer(action, np.int32), "b")
+    known = (tokens[:-1] >= FIRST) & (tokens[:-1] < tokenizer.vocab_size)
+    return tokenizer.decode(tokens[:-1]) if len(tokens) > 1 and tokens[-1] == tokenizer.eos_id and np.all(known) else None
+
+
 class _Host:
     """The callbacks: numpy in, numpy out, with any leading axes."""
 
     def __init__(self, games: Games, tokenizer: WordTokenizer, goal: int, observation: int, action: int, horizon: int):
-        self._games, self._tokenizer, self._horizon = games, tokenizer, horizon
+        self._games, self._horizon, self._end = games, horizon, tokenizer.eos_id
         self._goal, self._observation, self._action = goal, observation, action
         self._ids = {word: i for i, word in enumerate(tokenizer.words, FIRST)}
-        self.read = functools.lru_cache(100_000)(self._read)
+        self._read = functools.lru_cache(100_000)(functools.partial(read, tokenizer))
 
     def play(self, number, actions, turn, wanted):
         """(observation, reward, done, admissible, id), zeros where not wanted.
@@ -163,21 +170,12 @@ class _Host:
         ids = [i for i in ids if i is not None][: width - 1] + [self._ids[TURN]]
         return np.array(ids + [0] * (width - len(ids)), np.int32)
 
-    def _read(self, action: bytes) -> str | None:
-        """The text of an action [A] in bytes; None for one that is not words, an end, and nothing else."""
-        tokens = np.trim_zeros(np.frombuffer(action, np.int32), "b")
-        if len(tokens) < 2 or tokens[-1] != self._tokenizer.eos_id:
-            return None
-        if np.any((tokens[:-1] < FIRST) | (tokens[:-1] >= self._tokenizer.vocab_size)):
-            return None
-        return self._tokenizer.decode(tokens[:-1])
-
     def _act(self, text: str) -> np.ndarray:
         """The tokens of a script's action; of none, its end alone."""
         said = words(text)
         if wrong := [word for word in said if word not in self._ids] or said[self._action - 1 :]:
             raise UserError(f"the game's script says {text!r}, but {wrong[0]!r} is no word of the tokenizer, or more than {self._action} tokens.")
-        ids = [self._ids[word] for word in said] + [self._tokenizer.eos_id]
+        ids = [self._ids[word] for word in said] + [self._end]
         return np.array(ids + [0] * (self._action - len(ids)), np.int32)
 
     def _jobs(self, what: str, number, actions, turn, wanted, seed=None) -> tuple[list[tuple], list[Job]]:
@@ -185,7 +183,7 @@ class _Host:
         number, actions, turn, wanted = (np.asarray(x) for x in (number, actions, turn, wanted))
         seed = np.zeros_like(number) if seed is None else np.asarray(seed)
         rows = list(zip(*np.nonzero(wanted))) if wanted.ndim else [()] * bool(wanted)
-        history = lambda row: tuple(self.read(action.tobytes()) for action in actions[row][: turn[row]])
+        history = lambda row: tuple(self._read(action.tobytes()) for action in actions[row][: turn[row]])
         return rows, [Job(what, int(number[row]), history(row), int(seed[row])) for row in rows]
 
     @staticmethod
