@@ -166,7 +166,7 @@ class Table:
 def serve() -> None:
     """What a process does: make a game, then answer jobs until the other end of its socket is gone.
 
-    It sends None in front of all that a game does, so that the parent can keep its time; then the Answer.
+    For each it sends None, again in front of all that a game does, so that the parent can keep its time; then the Answer.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ours = connection.Connection(int(sys.argv[1]))
@@ -188,6 +188,7 @@ def serve() -> None:
         ours.send("")
         while True:
             job = Job(*ours.recv())
+            tick()
             try:
                 answer = Answer(table.answer(job))
             except NotFinite as error:
@@ -201,6 +202,12 @@ def serve() -> None:
 
 
 # --- in the process that asks ---------------------------------------------------------------------
+
+
+class _Process(Worker):
+    """A process for games. `begun` tells whether it has received the job under way."""
+
+    begun = False
 
 
 class Games:
@@ -220,8 +227,10 @@ class Games:
         try:
             pickle.dumps(self._setup)
         except Exception as error:
-            raise UserError(f"the environment's game cannot be sent to a process ({error}); load it by a function of a module.") from None
-        self._slots: list[list[Worker]] = [[] for _ in range(count)]  # of none or one
+            raise UserError(
+                f"the environment's game cannot be sent to a process ({error}); load it by a function of a module."
+            ) from None
+        self._slots: list[list[_Process]] = [[] for _ in range(count)]  # of none or one
         self._faulty: collections.OrderedDict[Job, Answer] = collections.OrderedDict()
         self._told: set[tuple[str, int]] = set()
         self._lock = threading.Lock()  # callbacks of several devices may come at once
@@ -241,7 +250,7 @@ class Games:
                 while any(queues) or any(w.job is not None for slot in self._slots for w in slot):
                     for slot, queue in zip(self._slots, queues):
                         self._send(slot, queue)
-                    self._listen(answers)
+                    self._listen(queues, answers)
             except BaseException:  # an interrupt too: answers under way would be taken for those of the next call
                 _close(self._slots)
                 raise
@@ -270,9 +279,9 @@ class Games:
             self._faulty.popitem(last=False)
         return told
 
-    def _send(self, slot: list[Worker], queue: collections.deque) -> None:
+    def _send(self, slot: list[_Process], queue: collections.deque) -> None:
         if queue and not slot:
-            slot.append(Worker(*self._setup, module=__name__))
+            slot.append(_Process(*self._setup, module=__name__))
         if not queue or not slot[0].ready or slot[0].job is not None:
             return
         try:
@@ -280,16 +289,17 @@ class Games:
         except OSError:  # it died between two calls
             slot.pop().kill()
             return
-        slot[0].job, slot[0].deadline = queue.popleft(), time.monotonic() + self._seconds
+        slot[0].job, slot[0].begun, slot[0].deadline = queue.popleft(), False, time.monotonic() + self._seconds
 
-    def _listen(self, answers: dict) -> None:
+    def _listen(self, queues: list[collections.deque], answers: dict) -> None:
         """Waits for an answer or a deadline."""
-        active = {s[0].connection: s for s in self._slots if s and (s[0].job is not None or not s[0].ready)}
+        both = zip(self._slots, queues)
+        active = {s[0].connection: (s, queue) for s, queue in both if s and (s[0].job is not None or not s[0].ready)}
         if not active:
             return
-        left = min(slot[0].deadline for slot in active.values()) - time.monotonic()
+        left = min(slot[0].deadline for slot, _ in active.values()) - time.monotonic()
         heard = connection.wait(list(active), timeout=min(max(left, 0), 3600))
-        for slot in map(active.get, heard):
+        for slot, queue in map(active.get, heard):
             worker = slot[0]
             try:
                 message = worker.connection.recv()
@@ -300,24 +310,29 @@ class Games:
                         f"a process for the environment's games ended with exit status {status} before it was ready; "
                         "see what it printed, and the game's module."
                     ) from None
-                answers[worker.job] = Answer(None, DIED, f"ended its process with exit status {status}")
+                if worker.begun:
+                    answers[worker.job] = Answer(None, DIED, f"ended its process with exit status {status}")
+                else:  # it died between two calls
+                    queue.appendleft(worker.job)
                 continue
             if not worker.ready:
                 if message:
                     raise UserError(message)
                 worker.ready = True
             elif message is None:
-                worker.deadline = time.monotonic() + self._seconds
+                worker.begun, worker.deadline = True, time.monotonic() + self._seconds
             else:
                 answers[worker.job], worker.job = Answer(*message), None
-        for slot in [s for c, s in active.items() if c not in heard and time.monotonic() > s[0].deadline]:
+        for slot in [s for c, (s, _) in active.items() if c not in heard and time.monotonic() > s[0].deadline]:
             worker = slot.pop()
             worker.kill()
             if not worker.ready:
-                raise UserError(f"a process for the environment's games was not ready after {START:.0f} s; see the game's module.")
+                raise UserError(
+                    f"a process for the environment's games was not ready after {START:.0f} s; see the game's module."
+                )
             answers[worker.job] = Answer(None, HUNG, f"took longer than {self._seconds:g} s")
 
 
-def _close(slots: list[list[Worker]]) -> None:
+def _close(slots: list[list[_Process]]) -> None:
     for slot in slots:
         close_all(slot)
