@@ -20,7 +20,7 @@ import pytest
 import sample_games
 
 from treerl import environments
-from treerl.environments import host
+from treerl.environments import host, textworld
 from treerl.errors import UserError
 from treerl.games import DIED, HUNG, NOT_FINITE, RAISED, Games, Job, Table
 from treerl.tokenizers import WordTokenizer
@@ -128,8 +128,8 @@ def test_every_turn_is_that_of_plain_python(tmp_path):
                 steps += action[0] != "#"
                 over = ended or t == T
                 kinds.add((action, fine, ended))
-            words = [] if text is None else [w if w in TOKENIZER.words else "<unk>" for w in host.words(text) if w != "."][: O - 1] + [">"]
-            assert TOKENIZER.decode(said[t, i]) == " ".join(words)
+            words = [w if w in TOKENIZER.words else "<unk>" for w in host.words(text or "") if w != "."]
+            assert TOKENIZER.decode(said[t, i]) == ("" if text is None else " ".join(words[: O - 1] + [">"]))
             assert (reward[t, i], done[t, i], invalid[t, i]) == (earned, over, not fine), (i, t)
             states.setdefault((i, game.total, over), set()).add(ids[t, i].tobytes())
         assert sum(line.split()[0] == str(i) for line in calls) == steps and calls.count(f"reset {i}") == 1
@@ -176,7 +176,8 @@ def test_an_episode_does_not_depend_on_its_batch():
     texts = ["add", "double", "#3", "add", "finish"]
     with adapted() as env:
         alone, said = env.reset(jax.random.key(5), dict(number=jnp.int32(7)))
-        pairs, _ = jax.vmap(jax.vmap(env.reset, (None, 0)), (None, 0))(jax.random.key(0), dict(number=jnp.array([[7, 1], [2, 7]])))
+        both = jax.vmap(jax.vmap(env.reset, (None, 0)), (None, 0))
+        pairs, _ = both(jax.random.key(0), dict(number=jnp.array([[7, 1], [2, 7]])))
         assert TOKENIZER.decode(np.asarray(said)) == "at 7 >"
         two = jax.jit(jax.vmap(jax.vmap(env.step, (0, None)), (0, None)))
         for text in texts:
@@ -256,8 +257,8 @@ def test_a_failure_ends_its_own_episode_alone(how, kind, words, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, [x[:, 2:] for x in (said, reward, done, ids)], list(expected[:4]))
     assert done[:, 1].tolist() == [False, False, True, True, True] and done[:, 0].tolist() == [False] * 4 + [True]
     assert not reward[:, :2].any() and TOKENIZER.decode(said[2, 1]) == ">" and state["turn"].tolist() == [4, 2, 4, 4, 4]
-    told = [str(w.message) for w in caught if "environment" in str(w.message)]
-    assert len(told) == 1 and told[0].startswith(f"environment: a game {words}") and told[0].endswith("; such an episode ends with reward 0.")
+    [told] = [str(w.message) for w in caught if "environment" in str(w.message)]
+    assert told.startswith(f"environment: a game {words}") and told.endswith("; such an episode ends with reward 0.")
 
 
 def test_a_task_that_cannot_start_is_over():
@@ -276,15 +277,19 @@ def test_a_script_that_fails_says_nothing():
         assert TOKENIZER.decode(np.asarray(said[0])) == "at 8 >" and sum(env.faults().values()) == 0
 
 
-def test_games_start_again_in_a_process_that_was_killed():
+@pytest.mark.parametrize("ended", [True, False])
+def test_games_start_again_in_a_process_that_was_killed(ended):
+    """Whether it has ended when it is asked again, or is about to."""
     games = Games(sample_games.counter, ("",), count=1, seconds=5.0)
     history = ("add", "double")
     [before] = games.ask([Job("play", 3, history)])
     first = games._slots[0][0].process.pid
     os.kill(first, signal.SIGKILL)  # as the system does when memory runs out
+    if ended:
+        games._slots[0][0].process.wait()
     [after, longer] = games.ask([Job("play", 3, history), Job("play", 3, (*history, "add"))])
     assert after == before and after.value.text == "at 8" and longer.value.text == "at 9"
-    assert games._slots[0][0].process.pid != first
+    assert games._slots[0][0].process.pid != first and not sum(games.faults.values())
     games.close()
 
 
@@ -484,20 +489,40 @@ def test_textworld_is_solved_by_its_own_solution(folder):
 
 @with_textworld
 def test_textworld_answers_what_is_not_admissible(folder):
-    env = environments.make("textworld", train_size=2, heldout_size=1, options=dict(folder=folder, mistakes=1.0, workers=1))
+    make = lambda mistakes: environments.make(
+        "textworld", train_size=2, heldout_size=1, options=dict(folder=folder, mistakes=mistakes, workers=1)
+    )
+    env, best = make(1.0), make(0.0)
+    say = lambda tokens: env.tokenizer.decode(np.asarray(tokens))
     write = lambda text: np.array((env.tokenizer.encode(text) + [1] + [0] * env.action)[: env.action], np.int32)
     state, first = begin(env, [0])
     before = state["id"]
     for text in ("eat door", "open", "turn around", "north"):
         state, said, reward, done = stepper(env)(state, write(text)[None])
-        assert state["invalid"][0] and np.array_equal(state["id"], before) and not done[0] and len(env.tokenizer.decode(np.asarray(said[0]))) > 1
+        assert state["invalid"][0] and np.array_equal(state["id"], before) and not done[0] and len(say(said[0])) > 1
     state, said, _, _ = stepper(env)(state, write("look")[None])
-    assert not state["invalid"][0] and env.tokenizer.decode(np.asarray(said[0])) == env.tokenizer.decode(np.asarray(first[0]))
-    best = environments.make("textworld", train_size=2, heldout_size=1, options=dict(folder=folder, mistakes=0.0, workers=1))
-    own = {env.tokenizer.decode(np.asarray(env.player(key, jax.tree.map(lambda x: x[0], state)))) for key in jax.random.split(jax.random.key(0), 8)}
-    right = env.tokenizer.decode(np.asarray(best.player(jax.random.key(0), jax.tree.map(lambda x: x[0], begin(best, [0])[0]))))
-    assert len(own) > 1 and right not in own
+    assert not state["invalid"][0] and say(said[0]) == say(first[0])
+    keys, here = jax.random.split(jax.random.key(0), 8), jax.tree.map(lambda x: x[0], state)
+    others, right = ({say(a) for a in jax.vmap(e.player, (0, None))(keys, here)} for e in (env, best))
+    assert len(others) > 1 and len(right) == 1 and not right & others
     env.close(), best.close()
+
+
+@with_textworld
+@pytest.mark.filterwarnings("ignore:Game")
+@pytest.mark.parametrize("command", ["undo", "restart"])
+def test_commands_for_the_machine_do_not_reach_it(folder, command):
+    env = environments.make("textworld", train_size=2, heldout_size=1, options=dict(folder=folder))
+    [own] = [os.path.join(folder, name) for name in os.listdir(folder)]
+    game = textworld.load(own, 0, dict.fromkeys(environments.SPLITS, (2, 4, 3)), "all", 0.0)
+    game.reset(0)
+    for i in range(3):
+        last = game.step(game.script(random.Random(0)))
+        before = game.key()
+        if i < 2:
+            assert game.step(command)[2:] == (False, False) and game.step("yes")[2:] == (False, False) and game.key() == before
+    assert last[1:] == (1.0, True, True)
+    env.close()
 
 
 @with_textworld

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-WORDS = ("add", "double", "finish", "raise", "hang", "spin", "end", "nan", "garbage", "print", "child", "at", "<unk>", ">") + tuple(map(str, range(100)))
+WORDS = tuple("add double finish raise hang spin end nan garbage print child at <unk> >".split()) + tuple(map(str, range(100)))
 
 
 class Counter:

@@ -39,8 +39,11 @@ def numbered(sizes: dict[str, int], apart: int = 2**24) -> dict[str, dict]:
     """
     for name, size in sizes.items():
         if not 0 < size <= apart:
-            raise UserError(f"{size} tasks of the split {name} cannot work; set task.train_size and heldout_size from 1 to {apart}.")
-    return {name: dict(number=np.int32(i * apart) + np.arange(size, dtype=np.int32)) for i, (name, size) in enumerate(sizes.items())}
+            raise UserError(
+                f"{size} tasks of the split {name} cannot work; set task.train_size and heldout_size from 1 to {apart}."
+            )
+    first = {name: i * apart for i, name in enumerate(sizes)}
+    return {name: dict(number=np.arange(first[name], first[name] + size, dtype=np.int32)) for name, size in sizes.items()}
 
 
 def adapt(
@@ -66,9 +69,9 @@ def adapt(
     Raises:
       UserError: a number cannot work, or the tokenizer lacks ">".
     """
-    for name, value, least in (("goal", goal, 1), ("observation", observation, 1), ("action", action, 2), ("horizon", horizon, 1),
-                               ("workers", workers, 1), ("live", live, 1)):  # fmt: skip
-        if value < least:
+    given = dict(goal=goal, observation=observation, action=action, horizon=horizon, workers=workers, live=live)
+    for name, value in given.items():
+        if value < (least := 2 if name == "action" else 1):  # a word and its end
             raise UserError(f"environment.options.{name}={value!r} cannot work; set it to {least} or more.")
     if not seconds > 0:
         raise UserError(f"environment.options.seconds={seconds!r} cannot work; set it above 0.")
@@ -78,9 +81,8 @@ def adapt(
     host = _Host(games, tokenizer, goal, observation, action, horizon)
     shape = jax.ShapeDtypeStruct
     callback = functools.partial(jax.pure_callback, vmap_method="broadcast_all")
-    followed = (
-        shape((observation,), jnp.int32), shape((), jnp.float32), shape((), jnp.bool_), shape((), jnp.bool_), shape((2,), jnp.uint32),
-    )  # fmt: skip
+    flag = shape((), jnp.bool_)
+    followed = shape((observation,), jnp.int32), shape((), jnp.float32), flag, flag, shape((2,), jnp.uint32)
 
     def reset(key, task):
         """Starts an episode; nothing is drawn from the key."""
@@ -95,10 +97,8 @@ def adapt(
         turn = state["turn"] + acts
         actions = jnp.where(acts & (jnp.arange(horizon)[:, None] == state["turn"]), action, state["actions"])
         said, reward, done, admissible, id = callback(host.play, followed, state["task"]["number"], actions, turn, acts)
-        new = dict(
-            state, actions=actions, turn=turn, over=state["over"] | done, invalid=jnp.where(acts, ~admissible, state["invalid"]),
-            id=jnp.where(acts, id, state["id"]),
-        )  # fmt: skip
+        invalid, id = jnp.where(acts, ~admissible, state["invalid"]), jnp.where(acts, id, state["id"])
+        new = dict(state, actions=actions, turn=turn, over=state["over"] | done, invalid=invalid, id=id)
         return new, said, reward, new["over"]
 
     def asked(task):
@@ -110,9 +110,9 @@ def adapt(
         return callback(host.script, made, seed, state["task"]["number"], state["actions"], state["turn"], ~state["over"])
 
     return Environment(
-        tokenizer=tokenizer, observation=observation, action=action, horizon=horizon, tasks=tasks, goal=asked, reset=reset,
-        step=step, state_id=lambda state: state["id"], invalid=lambda state: state["invalid"], player=script if player else None,
-        on_host=True, faults=lambda: dict(games.faults), close=games.close,
+        tokenizer=tokenizer, observation=observation, action=action, horizon=horizon, tasks=tasks, goal=asked,
+        reset=reset, step=step, state_id=lambda state: state["id"], invalid=lambda state: state["invalid"],
+        player=script if player else None, on_host=True, faults=lambda: dict(games.faults), close=games.close,
     )  # fmt: skip
 
 
@@ -145,8 +145,8 @@ class _Host:
         for row, job, answer in zip(rows, jobs, self._games.ask(jobs)):
             found = Turn(done=True, id=b"failed") if answer.fault else answer.value
             done[row] = found.done or len(job.history) >= self._horizon
-            said[row], reward[row], admissible[row] = self.write(found.text, self._observation), found.reward, found.admissible
-            id[row] = self._id(job, found, bool(done[row]))
+            said[row], reward[row] = self.write(found.text, self._observation), found.reward
+            admissible[row], id[row] = found.admissible, self._id(job, found, bool(done[row]))
         return said, reward, done, admissible, id
 
     def script(self, seed, number, actions, turn, wanted):
@@ -174,7 +174,10 @@ class _Host:
         """The tokens of a script's action; of none, its end alone."""
         said = words(text)
         if wrong := [word for word in said if word not in self._ids] or said[self._action - 1 :]:
-            raise UserError(f"the game's script says {text!r}, but {wrong[0]!r} is no word of the tokenizer, or more than {self._action} tokens.")
+            raise UserError(
+                f"the game's script says {text!r}, but {wrong[0]!r} is no word of the tokenizer, or is beyond the "
+                f"{self._action} tokens of an action; mend the script or its environment."
+            )
         ids = [self._ids[word] for word in said] + [self._end]
         return np.array(ids + [0] * (self._action - len(ids)), np.int32)
 

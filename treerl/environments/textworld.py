@@ -50,8 +50,8 @@ class Adventure:
     """
 
     def __init__(self, folder: str, seed: int, sizes: dict[str, tuple[int, int, int]], instructions: str, mistakes: float):
-        self._folder, self._seed, self._sizes, self._last, self._mistakes = folder, seed, sizes, instructions == "last", mistakes
-        self._env = None
+        self._folder, self._seed, self._sizes, self._mistakes = folder, seed, sizes, mistakes
+        self._last, self._env = instructions == "last", None
 
     def reset(self, number: int) -> str:
         import textworld
@@ -116,7 +116,7 @@ class Adventure:
 
 
 def _spoken(feedback: str, objective: str = "") -> str:
-    """What a game says, without the letters drawn at its start, the quest, the line of its state and what follows its end."""
+    """What a game says, without the banner and the quest at its start, the line of its state, and what follows its end."""
     said = feedback[feedback.rfind("$$") + 2 :] if "$$" in feedback else feedback
     said = said.partition(objective)[2] if objective and objective in said else said
     return re.sub(r"\n>[^\n]*$", "", said).partition("***")[0].strip()
@@ -133,8 +133,9 @@ def vocabulary() -> tuple[str, ...]:
 
 def make(
     *, seed: int = 0, train_size: int = 64, heldout_size: int = 16, horizon: int = 16, rooms: int = 2, objects: int = 4,
-    quest: int = 3, novel_rooms: int = 3, novel_quest: int = 4, instructions: Literal["all", "last"] = "all", mistakes: float = 0.3,
-    goal: int = 96, observation: int = 96, action: int = 12, seconds: float = 60.0, workers: int = 2, live: int = 256, folder: str = "",
+    quest: int = 3, novel_rooms: int = 3, novel_quest: int = 4, instructions: Literal["all", "last"] = "all",
+    mistakes: float = 0.3, goal: int = 96, observation: int = 96, action: int = 12, seconds: float = 60.0,
+    workers: int = 2, live: int = 256, folder: str = "",
 ) -> Environment:  # fmt: skip
     """The environment with its tasks.
 
@@ -154,14 +155,15 @@ def make(
         raise UserError("task.name=textworld needs a package that is missing; pip install textworld.")
     import textworld
 
-    for name, value in dict(rooms=rooms, objects=objects, quest=quest, novel_rooms=novel_rooms, novel_quest=novel_quest).items():
+    given = dict(rooms=rooms, objects=objects, quest=quest, novel_rooms=novel_rooms, novel_quest=novel_quest)
+    for name, value in given.items():
         if value < 1:
             raise UserError(f"environment.options.{name}={value!r} cannot work; set it to 1 or more.")
     if not 0 <= mistakes <= 1:
         raise UserError(f"environment.options.mistakes={mistakes!r} cannot work; set it to a number from 0 to 1.")
     like, other = (rooms, objects, quest), (novel_rooms, objects, novel_quest)
     if like == other:
-        raise UserError("environment.options: novel games are like the others; set novel_rooms or novel_quest to another number.")
+        raise UserError("environment.options: novel games are like the others; set another novel_rooms or novel_quest.")
     sizes = dict(zip(SPLITS, (like, like, other)))
     options = repr((textworld.__version__, seed, sizes, instructions))
     folder = os.path.expanduser(folder) or os.path.join(
