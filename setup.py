@@ -40,6 +40,7 @@ setup(
         "tpu": ["jax[tpu]", "gcsfs"],
         "gcs": ["gcsfs"],  # workdirs on gs://
         "gym": ["reasoning-gym"],  # a hundred text tasks
+        "textworld": ["textworld"],  # text adventures; builds a part in C
         "test": ["pytest", "pytest-xdist", "reasoning-gym", "gcsfs", "gcp-storage-emulator"],
         "notebooks": ["jupyter", "nbconvert", "ipykernel"],
     },

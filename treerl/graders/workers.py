@@ -51,15 +51,20 @@ def call(function: Callable, *arguments) -> Result:
         return Result(0.0, RAISED, f"raised {type(error).__name__}: {error}"[:500])
 
 
-class _Worker:
-    """One process. `job` is the number of the call under way; None while it starts, and between calls."""
+class Worker:
+    """One process. `job` is the number of the call under way; None while it starts, and between calls.
 
-    def __init__(self, load: Callable, arguments: tuple, seconds: float):
+    Args:
+      load, arguments, seconds: what it is sent first.
+      module: whose function `serve` it runs.
+    """
+
+    def __init__(self, load: Callable, arguments: tuple, seconds: float, module: str = __name__):
         self.connection, theirs = connection.Pipe()
         path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)  # of notebooks too, who change it
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", "from treerl.graders import workers; workers.serve()", str(theirs.fileno())],
+                [sys.executable, "-P", "-c", f"from {module} import serve; serve()", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # a function that prints must not spoil the output of this process
                 pass_fds=[theirs.fileno()],
@@ -90,8 +95,8 @@ class Workers:
 
     def __init__(self, load: Callable, arguments: tuple, *, count: int, seconds: float):
         self._setup, self._count, self._seconds = (load, arguments, seconds), count, seconds
-        self._workers: list[_Worker] = []
-        weakref.finalize(self, _close, self._workers)  # at exit at the latest
+        self._workers: list[Worker] = []
+        weakref.finalize(self, close_all, self._workers)  # at exit at the latest
 
     def run(self, jobs: list[tuple[int, Any]]) -> list[Result]:
         """Calls function number i with its arguments for every job (i, arguments); in the jobs' order."""
@@ -104,27 +109,27 @@ class Workers:
                     self._send(worker, jobs, waiting)
                 self._listen(results)
         except BaseException:  # an interrupt too: answers to calls under way would be taken for those of the next run
-            _close(self._workers)
+            close_all(self._workers)
             raise
         return results
 
     def close(self) -> None:
         """Ends the processes."""
-        _close(self._workers)
+        close_all(self._workers)
 
     def _start(self, waiting: int) -> None:
         idle = sum(w.job is None for w in self._workers)
         for _ in range(min(waiting - idle, self._count - len(self._workers))):
-            self._workers.append(_Worker(*self._setup))
+            self._workers.append(Worker(*self._setup))
 
-    def _send(self, worker: _Worker, jobs, waiting) -> None:
+    def _send(self, worker: Worker, jobs, waiting) -> None:
         try:
             worker.connection.send(jobs[waiting[0]])
         except OSError:  # it died between two calls
             return self._drop(worker)
         worker.job, worker.deadline = waiting.popleft(), time.monotonic() + self._seconds
 
-    def _drop(self, worker: _Worker) -> int:
+    def _drop(self, worker: Worker) -> int:
         self._workers.remove(worker)
         return worker.kill()
 
@@ -163,12 +168,12 @@ class Workers:
             results[worker.job] = Result(0.0, HUNG, f"took longer than {self._seconds:g} s")
 
 
-def _close(workers: list[_Worker]) -> None:
+def close_all(workers: list[Worker]) -> None:
     while workers:
         workers.pop().kill()
 
 
-def _outlive(socket: int) -> None:
+def outlive(socket: int) -> None:
     """Ends this process and what it started when the other end of its socket is gone, however that ended."""
     poll = select.poll()
     poll.register(socket, 0)  # hang-ups alone
@@ -180,7 +185,7 @@ def serve() -> None:
     """What a process does: load, then answer calls until the other end of its socket is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ours = connection.Connection(int(sys.argv[1]))
-    threading.Thread(target=_outlive, args=(ours.fileno(),), daemon=True).start()
+    threading.Thread(target=outlive, args=(ours.fileno(),), daemon=True).start()
     try:
         load, arguments, seconds = ours.recv()
         try:
@@ -192,7 +197,7 @@ def serve() -> None:
         ours.send("")
         while True:
             number, given = ours.recv()
-            # The parent keeps the time. This is for when it is gone and a C function keeps `_outlive` from running.
+            # The parent keeps the time. This is for when it is gone and a C function keeps `outlive` from running.
             signal.setitimer(signal.ITIMER_REAL, min(2 * seconds + 10, 1e8))
             result = call(functions[number], *given)
             signal.setitimer(signal.ITIMER_REAL, 0)
