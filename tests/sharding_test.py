@@ -112,7 +112,7 @@ def numbers(state, metrics) -> dict[str, np.ndarray]:
     """What must not depend on the mesh: trees, rewards, gradient, updated parameters."""
     result = {"params" + jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(state.params)}
     result |= {"grad" + jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(state.opt_state)}
-    result |= {"tree." + name: value for name, value in metrics["tree"].items()}
+    result |= {"tree." + name: value for name, value in metrics["tree"].items() if value is not None}
     return {k: np.asarray(v) for k, v in dict(result, graded=metrics["graded"]).items()}
 
 
