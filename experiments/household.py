@@ -25,8 +25,8 @@ def get_config(arg: str | None = None):
         config.advantage.options.update(gamma=0.95)
     config.model.update(layers=4, width=128, heads=4, kv_heads=2, head_dim=32, hidden=384)
     config.learner.update(bin_tokens=512, bins_per_step=32)
-    config.optimizer.update(learning_rate=3e-4)
-    config.warm_start.update(examples=16384, steps=1000, batch=64, learning_rate=2e-3, eval_every=100)
+    config.optimizer.update(learning_rate=1e-3)
+    config.warm_start.update(examples=16384, steps=2000, batch=64, learning_rate=2e-3, eval_every=100)
     config.evaluation.update(every=20, examples=256, samples=4, batch=256)
     config.checkpoint_every = 50
     config.samples_every = 0

@@ -1,6 +1,6 @@
 """Runs a benchmark suite on this machine's devices, at sizes that suit them.
 
-python -m launch.bench --suite=sampler|learner|step|estimators|pruning|devices|scaling|checkpoint|meshes [--out=FILE]
+python -m launch.bench --suite=sampler|learner|step|estimators|pruning|devices|scaling|checkpoint|meshes|environments [--out=FILE]
 
 Prints one JSON object a line on standard output as each result comes, and writes them to FILE.
 """
@@ -13,7 +13,7 @@ from absl import flags
 from launch import entry
 from treerl.errors import UserError, writing
 
-_SUITE = flags.DEFINE_string("suite", None, "Suite to run: sampler, learner, step, estimators, pruning, devices, scaling, checkpoint or meshes.")
+_SUITE = flags.DEFINE_string("suite", None, "Suite to run: sampler, learner, step, estimators, pruning, devices, scaling, checkpoint, meshes or environments.")
 _OUT = flags.DEFINE_string("out", None, "File that also gets the lines.")
 flags.mark_flag_as_required("suite")
 

@@ -168,6 +168,17 @@ def test_seeds_in_one_program_are_what_each_is_alone(tmp_path):
     assert metrics.read(tmp_path / "two" / "seed1" / "metrics.jsonl") == two
 
 
+def test_a_shared_warm_start_is_that_of_the_first_seed():
+    config = small()
+    own, shared = (seeds.Seeds(config, [0, 1], shared) for shared in (False, True))
+    apart, alike = own.warm_start(own.start()), shared.warm_start(shared.start())
+    first = lambda states, i: [np.asarray(x[i]) for x in jax.tree.leaves(states.params)]
+    for i in (0, 1):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), first(alike, i), first(apart, 0))
+    assert any(np.abs(x - y).max() > 1e-3 for x, y in zip(first(apart, 0), first(apart, 1)))
+    assert not np.array_equal(alike.key[0], alike.key[1])
+
+
 def test_seeds_go_on_after_a_stop(tmp_path, monkeypatch):
     config = small(steps=3, evaluation__every=3, checkpoint_every=1)
     seeds.train(config, str(tmp_path / "whole"), 2, progress=False)

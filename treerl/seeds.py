@@ -1,7 +1,7 @@
 """Several seeds of an experiment in one program: what a small model leaves idle of a device, others use.
 
-Each seed has parameters, order of examples, warm start and random draws of its own, as a run of `train` has. Loops whose
-length depends on data run until the last seed is done.
+Each seed has parameters, order of examples, warm start and random draws of its own, as a run of `train` has; or all go on
+from one warm start. Loops whose length depends on data run until the last seed is done.
 """
 import functools
 import os
@@ -27,9 +27,9 @@ from treerl.workdir import claim, write_config
 class Seeds:
     """The programs of an experiment for N seeds; states have N in front of every array."""
 
-    def __init__(self, config: ConfigDict, seeds: list[int]):
-        """Raises UserError where the experiment cannot run so."""
-        self.seeds, self.experiment = seeds, Experiment(config)
+    def __init__(self, config: ConfigDict, seeds: list[int], shared: bool = False):
+        """With `shared`, the warm start is that of the first seed. Raises UserError where the experiment cannot run so."""
+        self.seeds, self.shared, self.experiment = seeds, shared, Experiment(config)
         fns, task = self.experiment.fns, self.experiment.task
         if fns.host is not None or processes.several() or self.experiment.mesh.size > 1:
             raise UserError("several seeds in one program need one device and no graders on the host; use launch.sweep.")
@@ -71,15 +71,17 @@ class Seeds:
         fns = self.experiment.fns._replace(optimizer=make_optimizer(optimizer, config.steps))
         restart = lambda fns: jax.jit(jax.vmap(functools.partial(S.restart, fns)), donate_argnums=0)
         update = jax.jit(jax.vmap(functools.partial(S.supervised_step, fns)), donate_argnums=0)
-        streams = [P.Stream(first_examples(self.experiment), seed) for seed in self.seeds]
-        states = restart(fns)(states)
+        streams = [P.Stream(first_examples(self.experiment), seed) for seed in self.seeds[: 1 if self.shared else None]]
+        count, key = len(self.seeds), states.key
+        states = restart(fns)(jax.tree.map(lambda x: x[: len(streams)], states))
         for number in tqdm(range(config.steps), desc="warm start", disable=not progress):
             prompts, examples = self._prompts(streams, number * config.batch, config.batch)
             answers = [P.encode_answers(self.experiment.task, own, whole.sampler.answer_length) for own in examples]
             states, values = update(states, prompts, *map(np.stack, zip(*answers)))
         if not np.all(np.isfinite(values["loss"])):
             raise UserError("the warm start diverged; lower warm_start.learning_rate.")
-        return restart(self.experiment.fns)(states)
+        states = restart(self.experiment.fns)(states)
+        return jax.tree.map(lambda x: jnp.repeat(x, count // len(streams), axis=0), states).replace(key=key)
 
     def step(self, states, number: int):
         """Update number `number`, from 1: (states, metrics [N])."""
@@ -99,11 +101,11 @@ class Seeds:
         return scores
 
 
-def train(config: ConfigDict, workdir: str, count: int, progress: bool = True) -> dict:
+def train(config: ConfigDict, workdir: str, count: int, progress: bool = True, *, shared: bool = False) -> dict:
     """Trains seeds config.seed, config.seed + 1, ... side by side, from the last checkpoint if there is one.
 
     Writes workdir/seedN/metrics.jsonl, as `train.train` does and with a line of step 0 for the scores before, and
-    checkpoints of all seeds together.
+    checkpoints of all seeds together. With `shared`, all seeds go on from the warm start of the first.
 
     Returns:
       name -> (mean, half width of the 95% interval by Student's t) over the seeds, of the scores at the end.
@@ -111,7 +113,7 @@ def train(config: ConfigDict, workdir: str, count: int, progress: bool = True) -
     if count < 1:
         raise UserError(f"--count={count} cannot work; set it to 1 or more seeds.")
     claim(workdir, config)
-    run = Seeds(config, list(range(config.seed, config.seed + count)))
+    run = Seeds(config, list(range(config.seed, config.seed + count)), shared)
     with writing(f"workdir={workdir}", "make room or allow it, and the same command goes on."), Checkpoints(workdir) as checkpoints:
         write_config(workdir, config)
         restored = checkpoints.restore_latest(run.shape())
