@@ -538,3 +538,68 @@ def test_textworld_gets_no_commands_for_its_machine(folder, command):
 def test_options_of_textworld_that_cannot_work(options, words):
     with pytest.raises(UserError, match=words):
         environments.make("textworld", train_size=1, heldout_size=1, options=options)
+
+
+# --- in the sampler -------------------------------------------------------------------------------
+
+
+def test_lines_of_the_sampler_play_games_and_a_fault_ends_one_of_them():
+    """Episodes grown by the sampler are what the game says of their actions; a game that raises or dies costs its own episode."""
+    from treerl import branching, episodes, pruning, sampler
+    from treerl import tree as T
+    from treerl.types import Policy, Prompts
+
+    tokenizer = WordTokenizer(sample_games.WORDS)
+    number = np.array([3, 19, 8], np.int32)
+    env = host.adapt(
+        sample_games.counter, ("",), tokenizer=tokenizer, tasks=dict(train=dict(number=number)), goal=4, observation=5, action=3,
+        horizon=5, seconds=20.0, workers=1,
+    )  # fmt: skip
+    logits = np.full((tokenizer.vocab_size, tokenizer.vocab_size), -9.0, np.float32)
+    says, end = {"double": 2.0, "add": 1.0, "finish": 1.0, "raise": 0.0, "end": -1.0}, tokenizer.eos_id
+    for word, weight in says.items():
+        logits[:, tokenizer.encode(word)[0]] = weight
+        logits[tokenizer.encode(word)[0]] = np.where(np.arange(len(logits)) == end, 9.0, -9.0)
+    table = jnp.asarray(logits)
+    policy = Policy(
+        prefill=lambda token, length: jnp.take_along_axis(token, length[:, None] - 1, axis=1),
+        decode=lambda last, token, row, path, write, rows: (table[jnp.where(row < 0, last, token)], last),
+    )
+
+    @jax.jit
+    def grow(key, prompts):
+        worlds, prompts = episodes.begin(env, key, prompts, "state")
+        return sampler.sample(
+            policy, branching.stochastic(), pruning.none(), prompts, key, slots=6, rows=40, budget=40, segment=8, lengths=(40,),
+            temperature=jnp.float32(1), top_p=jnp.float32(1), eos=jnp.array([end]), environment=env, worlds=worlds,
+        )[0]  # fmt: skip
+
+    goal = jax.vmap(env.goal)(dict(number=number))
+    prompts = Prompts(token=goal, length=jnp.sum(goal != 0, axis=1), index=jnp.arange(3), data=dict(number=number))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tree = jax.device_get(grow(jax.random.key(0), prompts))
+    won = failed = 0
+    for b in range(3):
+        T.check(jax.tree.map(lambda x: x[b], tree))
+        for leaf in range(6):
+            n = tree.leaf[b, leaf, 0] + 1
+            cells = np.arange(n), tree.leaf_path[b, leaf, :n]
+            found = tree.token[b][cells].tolist()
+            game, want, reward, turn, over = sample_games.Counter(""), [], 0.0, 0, False
+            game.reset(int(number[b]))
+            while not over:
+                action = tokenizer.decode(found[len(want) : len(want) + 1])
+                want, turn = want + tokenizer.encode(action) + [end], turn + 1
+                if action in ("raise", "end"):
+                    failed += 1
+                    break
+                said, earned, over, _ = game.step(action)
+                reward, over = reward + earned, over or turn == env.horizon
+                ids = [tokenizer.encode(word if word in tokenizer.words else "<unk>")[0] for word in host.words(said)]
+                want += [] if over else ids[:4] + tokenizer.encode(">")
+            assert found == want
+            assert tree.turns.reward[b, leaf].sum() == reward and tree.turns.valid[b, leaf].sum() == turn
+            won += reward
+    assert won and failed and sum(env.faults().values())
+    env.close()
