@@ -29,6 +29,10 @@ TOY = {
         bin_tokens=32, bins_per_step=1, vocab_chunk=16, remat=False, turns=1,
     ),
     "devices": dict(steps=1, prompts=4, slots=4),
+    "environments": dict(
+        batch=8, prompts=2, slots=2, rows=32, horizon=3, repeats=1,
+        model=dict(layers=1, width=16, heads=2, kv_heads=1, head_dim=8, hidden=16),
+    ),
     "scaling": dict(
         GROUP, segment=2, lengths=(), windows=(2,), bin_tokens=32, bins_per_step=1, vocab_chunk=16, remat=False,
         axes=("data",),

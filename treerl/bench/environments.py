@@ -1,8 +1,8 @@
 """Environments: their steps a second in a batch, and what the advantages of turns cost in a training step.
 
 The first is of the environment alone, on this device and, where that is an accelerator, on the host's CPU too (all the
-cores that XLA takes; NPROC=1 for one). The second is a whole step in household, of random weights: estimators run on the
-step's own trees.
+cores that XLA takes; NPROC=1 for one). The second is a whole step in household, of random weights that earn nothing but penalties
+for invalid actions, so that all trees are trained on: estimators run on the step's own trees.
 """
 import functools
 
@@ -58,7 +58,7 @@ def make_config(sizes: dict):
     """Household at these sizes."""
     config = default()
     config.task.update(name="household", train_size=256, heldout_size=32)
-    config.environment.horizon = sizes["horizon"]
+    config.environment.update(horizon=sizes["horizon"], invalid_penalty=0.1)  # random weights win nothing: credit from this
     config.sampler.update(prompts=sizes["prompts"], slots=sizes["slots"], prompt_length=6, answer_length=sizes["rows"], segment=8)
     config.branching.rule, config.pruning.rule, config.advantage.name = "stochastic", "none", "hgpo"
     config.model.update(sizes["model"])

@@ -1,0 +1,38 @@
+"""A web shop: a small model searches, compares, chooses options and buys, in up to 15 turns.
+
+    python -m launch.seeds --config=experiments/shop.py:hgpo --workdir=runs/shop_hgpo --count=8
+    python -m launch.train --config=experiments/shop.py:cpu --workdir=runs/shop    # one seed, sized for two CPU cores
+"""
+from treerl.config import default, parse_arg
+from treerl.errors import UserError
+
+VARIANTS = ("hgpo", "gigpo", "grpo")
+
+
+def get_config(arg: str | None = None):
+    """arg: `seed=N`, `variant=` one of VARIANTS, or just its name, and `cpu` for a size that two cores can train."""
+    given = parse_arg(arg, seed=0, variant=VARIANTS[0], cpu=False)
+    if given["variant"] not in VARIANTS:
+        raise UserError(f"variant={given['variant']!r} is unknown; known are {', '.join(VARIANTS)}.")
+    config = default()
+    config.seed, config.steps = given["seed"], 200
+    config.task.update(name="shop", train_size=3584, heldout_size=256)
+    config.environment.update(anchor="observation")
+    config.sampler.update(prompts=16, slots=8, prompt_length=9, answer_length=192, segment=8)
+    config.branching.rule, config.pruning.rule = "stochastic", "none"
+    config.advantage.name = given["variant"]
+    if given["variant"] != "grpo":
+        config.advantage.options.update(gamma=0.95)
+    config.model.update(layers=4, width=128, heads=4, kv_heads=2, head_dim=32, hidden=384)
+    config.learner.update(bin_tokens=512, bins_per_step=32)
+    config.optimizer.update(learning_rate=3e-4)
+    config.warm_start.update(examples=3584, steps=600, batch=64, learning_rate=2e-3, eval_every=100)
+    config.evaluation.update(every=20, examples=256, samples=4, batch=256)
+    config.samples_every = 0
+    if given["cpu"]:
+        config.steps = 60
+        config.sampler.update(prompts=8)
+        config.model.update(layers=2, width=96, heads=4, kv_heads=2, head_dim=24, hidden=256)
+        config.learner.update(bin_tokens=256, bins_per_step=8)
+        config.evaluation.update(every=30, examples=64, samples=4, batch=64)
+    return config
