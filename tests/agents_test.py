@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from treerl import environments, metrics, seeds, tasks
+from ml_collections import ConfigDict
+
+from treerl import environments, metrics, reprompt, seeds, tasks
 from treerl import prompts as P
 from treerl import step as S
 from treerl import tree as T
@@ -15,6 +17,7 @@ from treerl.config import default
 from treerl.errors import UserError
 from treerl.experiment import Experiment
 from treerl.train import train
+from treerl.types import Cells
 
 
 def small(name="household", **changes):
@@ -136,6 +139,84 @@ def test_long_demonstrations_are_cut_and_observations_are_not_learnt():
     assert abs(float(loss(own)) - float(loss(np.arange(20) < length[:, None]))) > 1e-4
 
 
+# --- a short memory --------------------------------------------------------------------------------
+
+
+@functools.cache
+def forgetful(window):
+    found = Experiment(small(environment__memory="reprompt", environment__window=window, branching__rule="stochastic"))
+    prompts = found.prompts(*found.stream().examples(0, 2))
+    return found, prompts, found._sample_half(found.init(0), prompts, found.knobs)
+
+
+@pytest.mark.parametrize("window", [0, 1, 2, 7])
+def test_every_turn_reads_the_goal_and_the_last_turns(window):
+    """Contexts against a replay of what was done, up to a window longer than the episode."""
+    found, prompts, grown = forgetful(window)
+    env, tree, contexts = found.fns.environment, jax.device_get(grown.tree), jax.device_get(grown.contexts)
+    step = jax.jit(env.step)
+    for b in range(2):
+        T.check(jax.tree.map(lambda x: x[b], tree))
+        task = jax.tree.map(lambda x: x[b], jax.device_get(prompts.data))
+        for k in range(3):
+            state, said = env.reset(jax.random.key(0), task)
+            goal, heard, done, row = [int(t) for t in prompts.token[b] if t], [[int(t) for t in said if t]], [], 0
+            for t in range(env.horizon):
+                pairs = list(zip(heard, done))[max(t - window, 0) : t] if window else []
+                want = goal + [x for h, d in pairs for x in (*h, *d)] + heard[t]
+                assert contexts.token[b, k, t, : contexts.length[b, k, t]].tolist() == want
+                rows = [r for r in contexts.row[b, k, t].tolist() if r >= 0]
+                assert rows == list(range(row, row + len(rows))) and rows
+                action, row = tree.token[b, rows, k].tolist(), row + len(rows)
+                assert np.all(tree.turns.turn[b, rows, k] == t)
+                padded = [x or env.tokenizer.vocab_size for x in action] + [0] * (env.action - len(action))
+                assert tree.turns.state_id[b, k, t].tolist() == np.asarray(env.state_id(state)).tolist()
+                state, said, reward, over = step(state, jnp.array(padded, jnp.int32))
+                done.append([x for x in action if x])
+                heard.append([int(x) for x in said if x])
+                assert tree.turns.reward[b, k, t] == reward and tree.turns.invalid[b, k, t] == env.invalid(state)
+            assert over and row == tree.leaf[b, k, 0] + 1 and not tree.used[b, row:, k].any()
+
+
+def test_the_learner_reads_the_same_contexts_and_moves_nothing():
+    found, prompts, grown = forgetful(2)
+    params = found.init(0).params
+    logp = S.logps(found.fns, params, grown.tree, grown.prompts, grown.contexts, jnp.float32(1))
+    kept = np.asarray(jax.vmap(T.kept)(grown.tree))
+    np.testing.assert_allclose(np.where(kept, logp, 0), np.where(kept, grown.tree.logp_policy, 0), atol=2e-5)
+    lines, _, move = reprompt.flatten(grown.tree, grown.contexts)
+    value = jnp.asarray(np.random.default_rng(0).normal(size=kept.shape), jnp.float32)
+    back = reprompt.unflatten(move(value), grown.contexts, jnp.zeros_like(value))
+    np.testing.assert_array_equal(back, np.where(kept, value, 0))
+    assert int(jnp.sum(jax.vmap(T.kept)(lines))) == kept.sum()
+    credit = jax.vmap(lambda t, c: T.spread(t, cell_credit=c))(grown.tree, jnp.where(kept, value, 0))
+    learn = lambda contexts, prompts: S.learn(
+        found.fns, found.init(0), grown.tree, prompts, Cells(*credit), jnp.float32(1), found.knobs, contexts=contexts
+    )[1]
+    values = learn(grown.contexts, grown.prompts)
+    assert float(values["grad_norm"]) > 0 and float(values["logp_drift_max"]) < 2e-5
+    _, values = found.train_step(found.init(0), prompts, found.knobs)
+    assert float(values["turns"]) == 6
+
+
+def test_a_lesson_is_a_turn_of_a_demonstration_as_the_policy_would_read_it():
+    found, _, _ = forgetful(2)
+    task = found.task
+    for row in range(6):
+        token, own = task.demonstrate(task.train[row])
+        goal = task.encode(task.train[row]).prompt
+        starts = np.flatnonzero(own & ~np.append(False, own[:-1]))
+        for turn, start in enumerate(starts):
+            context, action = environments.lesson(goal, token, own, turn, 2)
+            first = 0 if turn <= 2 else next(i for i in range(starts[turn - 3], len(own)) if not own[i])
+            assert context == goal + token[first:start].tolist()
+            assert action == token[start : start + len(action)].tolist() and own[start : start + len(action)].all()
+            assert start + len(action) == len(own) or not own[start + len(action)]
+    prompts, token, length, own = found.lessons([task.train[i] for i in range(4)], np.arange(4))
+    assert token.shape == (4, task.environment.action) and np.all(own == (np.arange(token.shape[1]) < length[:, None]))
+    assert len({int(n) for n in prompts.length}) > 1
+
+
 # --- runs ------------------------------------------------------------------------------------------
 
 
@@ -205,9 +286,14 @@ def test_seeds_go_on_after_a_stop(tmp_path, monkeypatch):
         (lambda: Experiment(small(task__name="garden")), "task.name='garden' is unknown"),
         (lambda: Experiment(small(environment__horizon=-2)), "environment.horizon=-2 cannot work"),
         (lambda: Experiment(small(environment__anchor="place")), "environment.anchor='place' cannot work"),
+        (lambda: Experiment(small(environment__memory="none")), "environment.memory='none' cannot work"),
+        (lambda: Experiment(small(environment__memory="reprompt")), "set branching.rule=stochastic"),
+        (lambda: Experiment(small(environment__memory="reprompt", branching__rule="stochastic", advantage__name="minimum_variance")),
+         "advantage.name=minimum_variance takes gradients of whole rollouts"),
+        (lambda: Experiment(small(advantage__name="grpo", learner__objective="gspo")), "learner.objective=gspo counts every token"),
         (lambda: Experiment(small(branching__at="word")), "branching.at='word' cannot work"),
         (lambda: Experiment(small(learner__bin_tokens=60)), "first observation"),
-        (lambda: Experiment(small(environment__options={"mistake": 1.0})), "environment.options has no 'mistake'"),
+        (lambda: Experiment(small(environment__options=ConfigDict({"mistake": 1.0}))), "environment.options has no 'mistake'"),
         (lambda: Experiment(small(evaluation__batch=3, evaluation__examples=8)), "evaluation.batch=3"),
         (lambda: seeds.train(small(), "unused", 0), "--count=0 cannot work"),
     ],

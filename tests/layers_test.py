@@ -20,7 +20,7 @@ ROWS = [
     {"models", "prompts", "branching", "pruning", "survival", "compaction", "nucleus"},
     {"episodes"},
     {"sampler", "rewards", "advantages", "thinning", "packing", "losses", "metrics", "events", "profiling", "draw", "report"},
-    {"functions", "learner", "evaluate"},
+    {"functions", "learner", "evaluate", "reprompt"},
     {"step"},
     {"experiment"},
     {"warm_start", "plan", "sweep", "bench"},

@@ -59,6 +59,8 @@ def default() -> ConfigDict:
             horizon=0,  # turns of an episode at most; 0: the environment's own default
             options=ConfigDict(),  # further arguments of the environment: "{'mistakes': 0.5}" of its scripted player
             anchor="state",  # what turns are compared by in gigpo and hgpo: the environment's state, or the observation
+            memory="full",  # what the policy reads: the whole episode, or a fresh prompt each turn (reprompt) with the goal ...
+            window=2,  # ... and so many turns before
             invalid_penalty=0.0,  # that an invalid action costs, in the credit of its turn alone
         ),
         convert_dict=False,
@@ -256,7 +258,8 @@ RULES = (
         pruning.columns pruning.warmup_steps quality.learning_rate quality.smoothing
         samples_every checkpoint_keep_every model.lora_rank learner.clip_low learner.clip_high learner.kl learner.max_skipped learner.overlong_buffer
         optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay
-        warm_start.steps warm_start.learning_rate text.threshold environment.horizon environment.invalid_penalty"""),
+        warm_start.steps warm_start.learning_rate text.threshold environment.horizon environment.window
+        environment.invalid_penalty"""),
     ("a number above 0", lambda x: x > 0, """
         model.rope_theta model.lora_alpha sampler.temperature optimizer.clip_norm learner.importance_cap text.seconds"""),
     ("a number above 0, at most 1", lambda x: 0 < x <= 1, "sampler.top_p optimizer.ess_base pruning.kappa quality.decay"),
@@ -274,6 +277,7 @@ RULES = (
     ("text with {prompt} where the question belongs", lambda x: "{prompt}" in x, "text.template"),
     ("text, number, boxed or tag", ("text", "number", "boxed", "tag").__contains__, "text.extract"),
     ("state or observation", ("state", "observation").__contains__, "environment.anchor"),
+    ("full or reprompt", ("full", "reprompt").__contains__, "environment.memory"),
     ("token or turn", ("token", "turn").__contains__, "branching.at"),
     ("split or callback", ("split", "callback").__contains__, "text.grading"),
     ('(question, answer) pairs of text, such as (("1 + 1?", "2"),)', _are_shots, "text.shots"),

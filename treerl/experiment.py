@@ -113,6 +113,12 @@ class Experiment:
         own = P.encode(self.task, [examples[i] for i in rows.tolist()], index[rows], self.config.sampler.prompt_length)
         return sharding.place(own, self.trees, rows, len(index))
 
+    def lessons(self, examples, index):
+        """What `step.supervised_step` takes for examples, on the mesh, see `prompts.encode_lessons`."""
+        rows = sharding.own_rows(self.trees, len(index))
+        own = P.encode_lessons(self.task, [examples[i] for i in rows.tolist()], index[rows], self.config.sampler, self.fns.window)
+        return sharding.place(own, self.trees, rows, len(index))
+
     def prompts_shape(self):
         """The prompts of a step as ShapeDtypeStructs with shardings."""
         one = P.encode(self.task, [self.task.train[0]], np.arange(1), self.config.sampler.prompt_length)
@@ -307,10 +313,10 @@ def grow(fns: S.Fns, state, prompts, key, step, knobs) -> S.Sampled:
 
 def credit(fns: S.Fns, state, sampled: S.Sampled, graded: rewards.Graded, knobs):
     """Credit of the cells of graded trees, [B, S, K]; traceable."""
-    tree, _, seen, prompts = sampled
+    tree, _, seen, prompts, contexts = sampled
     shaped = S.shape_reward(fns, tree, graded.reward)
     found, *_ = S.estimate(
-        fns, state, tree, prompts, shaped, knobs, graded=graded.reward, chance=S.survival_chance(fns, seen)
+        fns, state, tree, prompts, shaped, knobs, graded=graded.reward, chance=S.survival_chance(fns, seen), contexts=contexts
     )
     if found.ndim == 3:
         return found

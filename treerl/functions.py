@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from treerl import branching, losses, packing, pruning, sharding, survival, thinning
 from treerl import tree as T
 from treerl.advantages import ESTIMATORS, MULTIPLIERS, WHITENED, Advantage, compose, extras, leaf_estimators
-from treerl.environments import Environment
+from treerl.environments import Environment, context_width
 from treerl.errors import UserError
 from treerl.models import families
 from treerl.models.presets import PRESETS
@@ -90,6 +90,7 @@ class Fns(NamedTuple):
     environment: Environment | None = None  # in which lines are episodes; see `sampler.sample` for the next two
     anchor: str = "state"
     fork_at: str = "token"
+    window: int | None = None  # turns that an agent with a short memory reads, see `treerl.reprompt`; None: all
     host: HostGraders | None = None  # graders of text, which run on the host, instead of `grader`
 
 
@@ -160,6 +161,29 @@ def check_combinations(config, advantage: Advantage) -> None:
             f"{used[0]} compares the policy with the sampler, and with learner.proximal=sampler and sampler.top_p=1.0 they "
             "are the same; set learner.proximal=learner or sampler.top_p below 1, or weigh nothing."
         )
+
+
+def make_window(config, environment: Environment | None) -> int | None:
+    """Turns that an agent with a short memory reads; None for the whole history. Raises UserError for what needs a shared prefix."""
+    e, b, p = config.environment, config.branching, config.pruning
+    if environment is not None and config.learner.objective == "gspo":
+        raise UserError(
+            "learner.objective=gspo counts every token of a rollout, and in an environment observations are not the policy's; "
+            "use learner.objective=ppo or cispo."
+        )
+    if environment is None or e.memory == "full":
+        return None
+    if b.rule != "stochastic" or p.rule != "none":
+        raise UserError(
+            "environment.memory=reprompt gives every turn a prompt of its own, so that nothing is shared or forks; set "
+            "branching.rule=stochastic and pruning.rule=none, or environment.memory=full."
+        )
+    if config.advantage.name == "minimum_variance":
+        raise UserError(
+            "advantage.name=minimum_variance takes gradients of whole rollouts, and with environment.memory=reprompt every "
+            "turn is one; use another, or environment.memory=full."
+        )
+    return e.window
 
 
 def make_quality(config, late: int, width: int) -> tuple[Quality | None, int, int | None]:
@@ -303,7 +327,11 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None, folder: str | No
             f"learner.overlong_buffer={l.overlong_buffer} is longer than sampler.answer_length={s.answer_length}; shorten it."
         )
     heard = 0 if task.environment is None else task.environment.observation  # the first observation joins the prompt
-    packing.bin_bound(s.prompts, s.slots, s.prompt_length + heard + s.answer_length, l.bin_tokens)
+    window = make_window(config, task.environment)
+    longest = s.prompt_length + heard + s.answer_length
+    if window is not None:
+        longest = context_width(task.environment, s.prompt_length, window) + task.environment.action
+    packing.bin_bound(s.prompts, s.slots, longest, l.bin_tokens)
     advantage = make_advantage(config.advantage)
     objective = known(l.objective, losses.OBJECTIVES, "learner.objective")
     bounds = ("clip_low", "clip_high") + (("dual_clip",) if l.objective == "ppo" else ())
@@ -339,6 +367,7 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None, folder: str | No
         environment=task.environment,
         anchor=config.environment.anchor,
         fork_at=b.at,
+        window=window,
         advantage=advantage,
         thinning=backward,
         trims=l.objective != "gspo" and not l.kl > 0,

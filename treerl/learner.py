@@ -81,21 +81,22 @@ def gradient_norms(fns, params, tree: T.Tree, prompts: Prompts, temperature) -> 
 
     trained, frozen = fns.model.split(params)
 
-    def logp(trained, token, length, prompt):
+    def logp(trained, token, length, own, prompt):
         params = fns.model.join(trained, frozen)
         one = jax.tree.map(lambda x: x[None], (line(token, length), prompt))
-        weight = one[0].used.astype(jnp.float32)
+        weight = (one[0].used & own[None, :, None]).astype(jnp.float32)
         return jnp.sum(bin_logps(fns, params, packing.pack(*one, (weight,) * 3, size=size, bins=1), temperature))
 
     def norm(leaf):
-        token, length, prompt = leaf
-        grads = jax.grad(logp)(trained, token, length, prompt)
+        token, length, own, prompt = leaf
+        grads = jax.grad(logp)(trained, token, length, own, prompt)
         return jnp.where(length > 0, jnp.square(optax.tree.norm(grads)), 0)
 
     token = jax.vmap(lambda t: T.along(t, t.token))(tree)
     length = jax.vmap(T.leaf_length)(tree)
+    own = jax.vmap(lambda t: T.along(t, T.spoken(t)))(tree)
     repeat = lambda x: jnp.repeat(x, leaves, axis=0)
-    every = (token.reshape(-1, rows), length.reshape(-1), jax.tree.map(repeat, prompts))
+    every = (token.reshape(-1, rows), length.reshape(-1), own.reshape(-1, rows), jax.tree.map(repeat, prompts))
     turns = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]).swapaxes(0, 1), every)
     return jax.lax.map(jax.vmap(norm), turns).swapaxes(0, 1).reshape(length.shape)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from treerl import environments
 from treerl.errors import UserError
 from treerl.tasks import Task
 from treerl.types import Prompts
@@ -36,6 +37,31 @@ def encode_answers(task: Task, examples: list[dict], width: int) -> tuple[np.nda
     token, length = _pad([token[:width] for token, _ in played], width, "a demonstration", "sampler.answer_length")
     own, _ = _pad([own[:width] for _, own in played], width, "a demonstration", "sampler.answer_length")
     return token, length, own.astype(bool)
+
+
+def encode_lessons(task: Task, examples: list[dict], index: np.ndarray, sizes, window: int | None):
+    """Prompts and what is to be said after each: (Prompts, token [B, S], length [B], own [B, S]), see `encode_answers`.
+
+    Of agents with a short memory, one turn of each demonstration, chosen by the index: (context, action).
+
+    Args:
+      sizes: prompt_length and answer_length. window: see `treerl.reprompt`; None: the whole answer.
+    """
+    prompts = encode(task, examples, index, sizes.prompt_length)
+    if window is None:
+        return prompts, *encode_answers(task, examples, sizes.answer_length)
+    taken = []
+    for example, goal, number in zip(examples, prompts.token, index):
+        token, own = task.demonstrate(example)
+        turns = int(np.sum(own & ~np.append(False, own[:-1])))
+        turn = int(np.random.default_rng(number).integers(turns))
+        taken.append(environments.lesson([int(t) for t in goal if t], token, own, turn, window))
+    environment = task.environment
+    wide = environments.context_width(environment, sizes.prompt_length, window)
+    context, length = _pad([context for context, _ in taken], wide, "a context", "environment.window")
+    token, said = _pad([action for _, action in taken], environment.action, "an action", "the environment's own")
+    own = np.arange(environment.action) < said[:, None]
+    return prompts.replace(token=context, length=length), token, said, own
 
 
 class Stream:

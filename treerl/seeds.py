@@ -55,12 +55,10 @@ class Seeds:
         whole = sharding.replicated(self.experiment.mesh)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(self.start))
 
-    def _prompts(self, streams, position: int, count: int):
-        """The next examples of each seed's stream: (prompts [N, count, ...], examples by seed)."""
-        config, task = self.experiment.config, self.experiment.task
+    def _encode(self, encode, streams, position: int, count: int):
+        """The next examples of each seed's stream, encoded: numpy [N, count, ...]."""
         drawn = [stream.examples(position, count) for stream in streams]
-        prompts = [P.encode(task, list(examples), index, config.sampler.prompt_length) for examples, index in drawn]
-        return jax.tree.map(lambda *x: np.stack(x), *prompts), [list(examples) for examples, _ in drawn]
+        return jax.tree.map(lambda *x: np.stack(x), *[encode(list(examples), index) for examples, index in drawn])
 
     def warm_start(self, states, progress: bool = False):
         """`warm_start.steps` supervised updates, all of them: patience is not for seeds that march together."""
@@ -73,11 +71,10 @@ class Seeds:
         update = jax.jit(jax.vmap(functools.partial(S.supervised_step, fns)), donate_argnums=0)
         streams = [P.Stream(first_examples(self.experiment), seed) for seed in self.seeds[: 1 if self.shared else None]]
         count, key = len(self.seeds), states.key
+        lessons = lambda examples, index: P.encode_lessons(self.experiment.task, examples, index, whole.sampler, fns.window)
         states = restart(fns)(jax.tree.map(lambda x: x[: len(streams)], states))
         for number in tqdm(range(config.steps), desc="warm start", disable=not progress):
-            prompts, examples = self._prompts(streams, number * config.batch, config.batch)
-            answers = [P.encode_answers(self.experiment.task, own, whole.sampler.answer_length) for own in examples]
-            states, values = update(states, prompts, *map(np.stack, zip(*answers)))
+            states, values = update(states, *self._encode(lessons, streams, number * config.batch, config.batch))
         if not np.all(np.isfinite(values["loss"])):
             raise UserError("the warm start diverged; lower warm_start.learning_rate.")
         states = restart(self.experiment.fns)(states)
@@ -85,8 +82,9 @@ class Seeds:
 
     def step(self, states, number: int):
         """Update number `number`, from 1: (states, metrics [N])."""
-        count = self.experiment.config.sampler.prompts
-        prompts, _ = self._prompts(self._streams, (number - 1) * count, count)
+        size, task = self.experiment.config.sampler, self.experiment.task
+        encode = lambda examples, index: P.encode(task, examples, index, size.prompt_length)
+        prompts = self._encode(encode, self._streams, (number - 1) * size.prompts, size.prompts)
         states, values = self._step(states, prompts, self.knobs)
         values.pop("samples", None)
         return states, jax.device_get(values)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from treerl import branching, episodes, masked, packing, pruning, rewards, sampler, sharding, survival
+from treerl import branching, episodes, masked, packing, pruning, reprompt, rewards, sampler, sharding, survival
 from treerl import tree as T
 from treerl.functions import Fns, Sizes, make_fns, make_knobs
 from treerl.graders import FAULTS
@@ -109,6 +109,7 @@ class Sampled(NamedTuple):
     stats: sampler.Stats
     seen: sampler.Seen
     prompts: Prompts  # as the policy read them: in an environment, with the first observation
+    contexts: reprompt.Contexts | None = None  # of agents with a short memory: what they read before each turn
 
 
 def rollout(fns: Fns, params, prompts: Prompts, key, step, knobs, *, quality=None, slots=None) -> Sampled:
@@ -118,13 +119,11 @@ def rollout(fns: Fns, params, prompts: Prompts, key, step, knobs, *, quality=Non
       quality: state of the quality head, if the config has one.
     """
     worlds, key = None, jax.random.fold_in(key, step)
+    if fns.window is not None:
+        return short_memory(fns, params, prompts, key, knobs, slots=slots or fns.sizes.slots)
     if fns.environment is not None:
         worlds, prompts = episodes.begin(fns.environment, jax.random.fold_in(key, WORLD), prompts, fns.anchor)
-    model = fns.model  # adapters as they are: folded into bfloat16 weights, small changes would be rounded away
-    gathered = sharding.parameter_shardings(fns.mesh, model.axes(), model.shapes(), gathered=True)
-    params = jax.tree.map(lambda p: p.astype(model.config.dtype), params)
-    params = jax.lax.with_sharding_constraint(params, gathered)  # once, before the loop
-    size = fns.sizes
+    model, params, size = fns.model, gathered(fns, params), fns.sizes
     plain = slots is not None
     slots = slots if plain else size.slots
     tree, stats, seen = sampler.sample(
@@ -153,6 +152,31 @@ def rollout(fns: Fns, params, prompts: Prompts, key, step, knobs, *, quality=Non
     return Sampled(tree, stats, seen, prompts)
 
 
+def gathered(fns: Fns, params):
+    """Parameters in the dtype of activations and whole on every shard of trees: once, before a loop that decodes."""
+    model = fns.model  # adapters as they are: folded into bfloat16 weights, small changes would be rounded away
+    where = sharding.parameter_shardings(fns.mesh, model.axes(), model.shapes(), gathered=True)
+    return jax.lax.with_sharding_constraint(jax.tree.map(lambda p: p.astype(model.config.dtype), params), where)
+
+
+def short_memory(fns: Fns, params, prompts: Prompts, key, knobs, *, slots: int) -> Sampled:
+    """Episodes in which every turn reads a fresh prompt, see `treerl.reprompt`."""
+    rows, params = fns.environment.action, gathered(fns, params)
+    policy = make_policy(fns.model, params, slots=1, rows=rows, mesh=fns.mesh, pool_dtype=fns.sizes.pool_dtype)
+
+    def act(prompts, key):
+        return sampler.sample(
+            policy, branching.stochastic(), pruning.none(), prompts, key, slots=1, rows=rows, budget=rows, segment=rows,
+            lengths=(rows,), temperature=knobs["temperature"], top_p=knobs["top_p"], eos=knobs["eos"],
+        )[0]  # fmt: skip
+
+    tree, stats, contexts = reprompt.grow(
+        fns.environment, act, prompts, key, slots=slots, window=fns.window, anchor=fns.anchor, end=knobs["eos"],
+        penalty=knobs["invalid_penalty"],
+    )  # fmt: skip
+    return Sampled(tree, stats, sampler.Seen((), ()), prompts, contexts)
+
+
 def grade(fns: Fns, tree: T.Tree, prompts: Prompts) -> rewards.Graded:
     """Rewards of all leaves, by the task's grader on the device or, called from the program, on the host."""
     if tree.turns is not None:
@@ -176,7 +200,7 @@ def evaluate_sample(fns: Fns, params, quality, prompts: Prompts, key, knobs, *, 
       (trees, dict of [B, samples]: valid, bool, the sample ended; score, float32, of the quality head at its
       end, only with one).
     """
-    tree, _, seen, _ = rollout(fns, params, prompts, key, 0, knobs, slots=samples)
+    tree, _, seen, *_ = rollout(fns, params, prompts, key, 0, knobs, slots=samples)
     found = dict(valid=jax.vmap(T.leaf_valid)(tree))
     return tree, found if fns.quality is None else dict(found, score=fns.quality.head.score(quality["params"], seen.hidden))
 
@@ -185,13 +209,14 @@ def evaluate_sample(fns: Fns, params, quality, prompts: Prompts, key, knobs, *, 
 
 
 def estimate(
-    fns: Fns, state: TrainState, tree: T.Tree, prompts: Prompts, reward: jax.Array, knobs, *, graded=None, chance=None
-):
+    fns: Fns, state: TrainState, tree: T.Tree, prompts: Prompts, reward: jax.Array, knobs, *, graded=None, chance=None,
+    contexts=None,
+):  # fmt: skip
     """Credit of batched trees, and what the estimator and the losses read beside them.
 
     Args:
       reward: [B, L], as trained on. graded: [B, L], before length was punished; what is right and wrong is read there.
-      chance: [B, L] of each leaf's line to survive pruning; None if survivors count alike.
+      chance: [B, L] of each leaf's line to survive pruning; None if survivors count alike. contexts: see `Sampled`.
 
     Returns:
       (credit [B, L] or [B, S, K], leaf_weight [B, L], memory, extras: name -> [B, ...]).
@@ -200,7 +225,7 @@ def estimate(
     extras = {}
     if fns.kl is not None or "reference_logp" in needs:
         reference = fns.model.join(state.reference, fns.model.split(state.params)[1])
-        extras["reference_logp"] = cell_logps(fns, reference, tree, prompts, temperature)
+        extras["reference_logp"] = logps(fns, reference, tree, prompts, contexts, temperature)
     if "gradient_norm" in needs:
         extras["gradient_norm"] = gradient_norms(fns, state.params, tree, prompts, temperature)
     extras["importance"] = jax.vmap(leaf_importance)(tree)
@@ -209,6 +234,15 @@ def estimate(
     credit, leaf_weight, memory = fns.advantage.credit(tree, reward, extras, state.memory, graded)
     leaf_weight = leaf_weight * extras["survival"]
     return credit, leaf_weight, memory, extras
+
+
+def logps(fns: Fns, params, tree: T.Tree, prompts: Prompts, contexts, temperature) -> jax.Array:
+    """Log-probs of kept cells by the learner, [B, S, K], each after what the policy read in front of it."""
+    if contexts is None:
+        return cell_logps(fns, params, tree, prompts, temperature)
+    lines, prompts, _ = reprompt.flatten(tree, contexts)
+    found = cell_logps(fns, params, lines, prompts, temperature)
+    return reprompt.unflatten(found, contexts, jnp.zeros(tree.token.shape, found.dtype))
 
 
 def survival_chance(fns: Fns, seen: sampler.Seen) -> jax.Array | None:
@@ -305,14 +339,17 @@ def update(fns: Fns, state: TrainState, grads, loss, ess=1.0) -> tuple[TrainStat
 
 def learn(
     fns: Fns, state: TrainState, tree: T.Tree, prompts: Prompts, cells: Cells, denominator, knobs,
-    *, reference=None, ess=1.0,
+    *, reference=None, ess=1.0, contexts=None,
 ) -> tuple[TrainState, dict]:  # fmt: skip
     """`epochs` updates on the same trees, each over all of them.
 
     Args:
       cells: of [B, S, K]. denominator: [] what the loss is divided by.
-      reference: [B, S, K] log-probs of the reference policy, for the KL. ess: see `update`.
+      reference: [B, S, K] log-probs of the reference policy, for the KL. ess: see `update`. contexts: see `Sampled`.
     """
+    if contexts is not None:  # every turn is a tree of its own
+        tree, prompts, move = reprompt.flatten(tree, contexts)
+        cells, reference = Cells(*map(move, cells)), None if reference is None else move(reference)
     credited = (cells.positive != 0) | (cells.negative != 0)
     include = jnp.any(credited, axis=(1, 2)) | (fns.kl is not None)  # a tree without credit has nothing but its KL
     if fns.trims:
@@ -387,19 +424,19 @@ def learn_half(
     fns: Fns, state: TrainState, sampled: Sampled, graded: rewards.Graded, knobs: dict
 ) -> tuple[TrainState, dict]:
     """From graded trees to updated parameters; see `train_step`."""
-    (tree, stats, seen, prompts), reward = sampled, graded.reward
+    (tree, stats, seen, prompts, contexts), reward = sampled, graded.reward
     drawn, shaped = tree, shape_reward(fns, tree, reward)
     if fns.proximal == "learner":  # decoupled PPO: ratios start from the learner's own log-probs
-        tree = tree.replace(logp_policy=cell_logps(fns, state.params, tree, prompts, knobs["temperature"]))
+        tree = tree.replace(logp_policy=logps(fns, state.params, tree, prompts, contexts, knobs["temperature"]))
     credit, leaf_weight, memory, extras = estimate(
-        fns, state, tree, prompts, shaped, knobs, graded=reward, chance=survival_chance(fns, seen)
+        fns, state, tree, prompts, shaped, knobs, graded=reward, chance=survival_chance(fns, seen), contexts=contexts
     )  # 3
     cells, denominators = jax.vmap(lambda *tree: weigh(fns, *tree, knobs))(tree, credit, leaf_weight)  # 4
     cells = jax.vmap(lambda *tree: thin(fns, *tree, state.step))(tree, shaped, credit, cells)
     ess = effective_share(extras["importance"], jax.vmap(T.leaf_valid)(tree))
     reference = extras.get("reference_logp")
     state, metrics = learn(
-        fns, state, tree, prompts, cells, jnp.sum(denominators), knobs, reference=reference, ess=ess
+        fns, state, tree, prompts, cells, jnp.sum(denominators), knobs, reference=reference, ess=ess, contexts=contexts
     )  # 5
     if fns.quality:
         quality, more = learn_quality(fns, state.quality, seen, tree, reward, knobs)

@@ -36,7 +36,8 @@ def check(experiment: Experiment) -> None:
         )
     examples = first_examples(experiment)
     P.encode(experiment.task, examples, np.arange(len(examples)), config.sampler.prompt_length)
-    P.encode_answers(experiment.task, examples, config.sampler.answer_length)
+    if experiment.task.environment is None:  # episodes are cut
+        P.encode_answers(experiment.task, examples, config.sampler.answer_length)
 
 
 def folder_of(workdir: str) -> str:
@@ -102,11 +103,7 @@ def warm_start(experiment: Experiment, workdir: str, progress: bool, signals: Si
                     "command goes on from there."
                 )
             examples, index = stream.examples((number - 1) * config.batch, config.batch)
-            rows = sharding.own_rows(experiment.trees, config.batch)
-            own = [examples[i] for i in rows.tolist()]
-            answer = P.encode_answers(experiment.task, own, whole.sampler.answer_length)
-            answer = sharding.place(answer, experiment.trees, rows, config.batch)
-            state, values = update(state, experiment.prompts(examples, index), *answer)
+            state, values = update(state, *experiment.lessons(examples, index))
             losses.append(values["loss"])
             if number % config.eval_every == 0 or number == config.steps:
                 stop_if_diverged(

@@ -149,6 +149,29 @@ def demonstration(environment: Environment) -> Callable:
     return play
 
 
+def context_width(environment: Environment, goal: int, window: int) -> int:
+    """Tokens at most of what an agent with a short memory reads: a goal of so many, `window` turns, an observation."""
+    return goal + window * (environment.observation + environment.action) + environment.observation
+
+
+def lesson(goal: list[int], token, own, turn: int, window: int) -> tuple[list[int], list[int]]:
+    """(context, action) of a turn of a demonstration, on the host.
+
+    Args:
+      token, own: [n] numpy, see `tasks.Task.demonstrate`.
+    """
+    heard, done = [[]], []
+    for word, mine in zip(token.tolist(), own.tolist()):
+        if mine and len(done) < len(heard):
+            done.append([])
+        elif not mine and len(heard) <= len(done):
+            heard.append([])
+        (done if mine else heard)[-1].append(word)
+    first = max(turn - window, 0)
+    pieces = [piece for pair in zip(heard[first:turn], done[first:turn]) for piece in pair]
+    return [word for piece in [goal, *pieces, heard[turn]] for word in piece], done[turn]
+
+
 def draw_tasks(draw: Callable[[np.random.Generator, str], dict], seed: int, sizes: dict[str, int]) -> dict[str, dict]:
     """Draws the tasks of every split, no two alike: split -> dict of numpy arrays [N, ...].
 
