@@ -205,7 +205,7 @@ def survival(rule="balance", **changes):
 
 @pytest.mark.parametrize("changes, shards, message", [
     (dict(sampler__slots=0), 1, "sampler.slots=0 cannot work; set it to 1 or more."),
-    (dict(task__name="chess"), 1, "task.name='chess' is unknown; known are countdown, addition, reasoning_gym, jsonl, tfds."),
+    (dict(task__name="chess"), 1, "task.name='chess' is unknown; known are countdown, addition, reasoning_gym, jsonl, tfds, household, shop, textworld."),
     (dict(task__numbers_min=0), 1, "task.numbers_min=0 cannot work; set it to 2 or more."),
     (dict(advantage__name="ppo"), 1,
      "advantage.name='ppo' is unknown; known are branch_depthwise, dr_grpo, eptree, gigpo, grpo, hgpo, mc_grpo, "

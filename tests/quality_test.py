@@ -252,12 +252,12 @@ def test_grown_trees_show_the_advantages_that_are_trained_on():
         state = state.replace(quality=dict(state.quality, table=table, params=head))
         sampled = jax.jit(functools.partial(grow, t.fns))(state, t.prompts(), key, 0, t.knobs)
         graded = S.grade(t.fns, sampled.tree, t.prompts())
-        tree, _, seen, _ = S.rollout(t.fns, state.params, t.prompts(), key, 0, t.knobs, quality=state.quality)
+        tree, _, seen, *_ = S.rollout(t.fns, state.params, t.prompts(), key, 0, t.knobs, quality=state.quality)
         chance = jnp.where(seen.record.due, seen.record.chance, 1.0)
         assert float(chance.min()) < 0.6 < float(chance.max())
         credit, *_ = S.estimate(t.fns, state, tree, t.prompts(), graded.reward, t.knobs, chance=chance)
         plain, *_ = S.estimate(t.fns, state, tree, t.prompts(), graded.reward, t.knobs)
-    shown = np.asarray(credit_of_cells(t.fns, state, t.prompts(), sampled, graded, t.knobs))
+    shown = np.asarray(credit_of_cells(t.fns, state, sampled, graded, t.knobs))
     want, other = (np.asarray(jax.vmap(lambda t, c: T.up(t, c) / jnp.maximum(T.leaf_count(t), 1))(tree, c)) for c in (credit, plain))
     np.testing.assert_allclose(shown, want, atol=1e-5)
     assert np.abs(shown - other).max() > 1e-3
@@ -273,7 +273,7 @@ def test_samples_vote_by_their_answer_and_by_the_score_of_their_end(pruned):
     run = jax.jit(functools.partial(S.evaluate_sample, t.fns, samples=4))
     drawn, found = jax.device_get(run(state.params, quality, t.prompts(), jax.random.key(3), t.knobs))
     answer = np.asarray(S.grade(t.fns, drawn, t.prompts()).key)
-    tree, _, seen, _ = jax.jit(functools.partial(S.rollout, t.fns, slots=4))(
+    tree, _, seen, *_ = jax.jit(functools.partial(S.rollout, t.fns, slots=4))(
         state.params, t.prompts(), jax.random.key(3), 0, t.knobs
     )
     assert not np.any(np.asarray(tree.end) == T.DROPPED) and found["valid"].all()

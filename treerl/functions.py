@@ -331,6 +331,11 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None, folder: str | No
     longest = s.prompt_length + heard + s.answer_length
     if window is not None:
         longest = context_width(task.environment, s.prompt_length, window) + task.environment.action
+    if heard and longest > l.bin_tokens:
+        raise UserError(
+            f"learner.bin_tokens={l.bin_tokens} is less than the {longest} tokens that an episode may have, with its goal and "
+            "the first observation; raise it."
+        )
     packing.bin_bound(s.prompts, s.slots, longest, l.bin_tokens)
     advantage = make_advantage(config.advantage)
     objective = known(l.objective, losses.OBJECTIVES, "learner.objective")

@@ -42,8 +42,8 @@ def bin_bound(trees: int, leaves: int, longest: int, size: int) -> int:
     """
     if longest > size:
         raise UserError(
-            f"learner.bin_tokens={size} is less than sampler.prompt_length + sampler.answer_length (and, in an environment, the "
-            f"first observation) = {longest}; raise it so that any one path fits into a bin."
+            f"learner.bin_tokens={size} is less than sampler.prompt_length + sampler.answer_length = {longest}; "
+            "raise it so that any one path fits into a bin."
         )
     return min(trees * leaves, 2 * -(-trees * leaves * longest // size) + 1)
 
