@@ -17,15 +17,17 @@ def get_config(arg: str | None = None):
     config = default()
     config.seed, config.steps = given["seed"], 200
     config.task.update(name="household", train_size=16384, heldout_size=256)
-    config.environment.update(anchor="observation")
-    config.sampler.update(prompts=16, slots=8, prompt_length=6, answer_length=256, segment=8)
+    config.environment.update(anchor="observation", invalid_penalty=0.02)
+    config.environment.options.update(mistakes=0.25)
+    config.sampler.update(prompts=64, slots=8, prompt_length=6, answer_length=256, segment=8)
     config.branching.rule, config.pruning.rule = "stochastic", "none"
     config.advantage.name = given["variant"]
+    config.advantage.options.update(std=False)  # with it, the penalty of groups that never succeed would be as loud as success
     if given["variant"] != "grpo":
         config.advantage.options.update(gamma=0.95)
     config.model.update(layers=4, width=128, heads=4, kv_heads=2, head_dim=32, hidden=384)
     config.learner.update(bin_tokens=512, bins_per_step=32)
-    config.optimizer.update(learning_rate=1e-3)
+    config.optimizer.update(learning_rate=3e-4, schedule="constant")
     config.warm_start.update(examples=16384, steps=2000, batch=64, learning_rate=2e-3, eval_every=100)
     config.evaluation.update(every=20, examples=256, samples=4, batch=256)
     config.checkpoint_every = 50
