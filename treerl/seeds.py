@@ -70,7 +70,7 @@ class Seeds:
         restart = lambda fns: jax.jit(jax.vmap(functools.partial(S.restart, fns)), donate_argnums=0)
         update = jax.jit(jax.vmap(functools.partial(S.supervised_step, fns)), donate_argnums=0)
         streams = [P.Stream(first_examples(self.experiment), seed) for seed in self.seeds[: 1 if self.shared else None]]
-        count, key = len(self.seeds), states.key
+        count, key = len(self.seeds), jnp.copy(states.key)  # the states are donated
         lessons = lambda examples, index: P.encode_lessons(self.experiment.task, examples, index, whole.sampler, fns.window)
         states = restart(fns)(jax.tree.map(lambda x: x[: len(streams)], states))
         for number in tqdm(range(config.steps), desc="warm start", disable=not progress):
