@@ -3,7 +3,7 @@
     python -m launch.seeds --config=experiments/household.py:hgpo --workdir=runs/hgpo --count=8
     python -m launch.train --config=experiments/household.py:cpu --workdir=runs/household    # one seed, sized for two CPU cores
 
-1.1M parameters, 64 tasks x 8 episodes a step. Success in percent on 256 held-out tasks x 4 episodes, mean and 95% interval
+0.8M parameters, 64 tasks x 8 episodes a step. Success in percent on 256 held-out tasks x 4 episodes, mean and 95% interval
 (Student's t) of seeds 0 to 3, which went on from one warm start (`--shared_warm_start --count=4`), one H100; "novel" asks
 for pairs of thing and place that no training task asks for:
 
@@ -13,7 +13,7 @@ for pairs of thing and place that no training task asks for:
     hgpo                16.2     25.9 +- 4.2    40.8 +- 1.5                    40.5 +- 3.5
 
 All three center returns without dividing by their deviation. GiGPO is ahead of GRPO; HGPO, as the paper has it without an
-episode term, is not. About 1.2 s a step of four seeds, 3 minutes more for the warm start and compilation.
+episode term, is not. 0.7 to 1.2 s a step of four seeds, 2 to 3 minutes more for the warm start and compilation.
 """
 from treerl.config import default, parse_arg
 from treerl.errors import UserError
