@@ -218,8 +218,9 @@ def test_credit_of_a_cell_is_the_oracles_on_the_same_arrays(rule):
         batch = [
             (0, [tuple(x) for x in states[own].tolist()], value[own].tolist()) for states, value, own in zip(ids, returns, valid)
         ]
-        wanted = dict(hgpo=hgpo_oracle.hgpo(batch, levels=2), gigpo=hgpo_oracle.gigpo(batch, episode=reward.tolist()))
-        got = {"hgpo": hgpo_tree(one, reward, gamma=0.9), "gigpo": gigpo_tree(one, reward, gamma=0.9)}
+        wanted = dict(hgpo=hgpo_oracle.hgpo(batch, levels=2), base=hgpo_oracle.hgpo(batch, levels=1, episode=reward.tolist()), gigpo=hgpo_oracle.gigpo(batch, episode=reward.tolist()))
+        base = hgpo_tree(one, reward, gamma=0.9, levels=1, base=True)
+        got = {"hgpo": hgpo_tree(one, reward, gamma=0.9), "base": base, "gigpo": gigpo_tree(one, reward, gamma=0.9)}
         cells = oracles.leaf_cells(one)
         at = lambda values, turn: values[turn] if turn < len(values) else 0.0  # an action that the last row cut off
         for name, by_step in wanted.items():

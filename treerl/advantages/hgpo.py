@@ -221,6 +221,7 @@ def hgpo_tree(
     weight_shift: int = 1,
     std: bool = True,
     zero: Literal["drop", "keep"] = "drop",
+    base: bool = False,
 ) -> jax.Array:
     """Compares turns that were taken in the same state, or segments of text that follow the same text, by HGPO.
 
@@ -233,13 +234,15 @@ def hgpo_tree(
 
     Args:
       tree: one tree. reward: [L] float32, of text; episodes have rewards in their turns. segment, gamma: see `segments`.
-        Others: see `hgpo`.
+        base: the whole leaf's comparison is one more item, as `episode` of `hgpo` (base_group of the released code). Others:
+        see `hgpo`.
 
     Returns:
       Cell credit, float32 [S, K], 0 outside kept cells.
     """
     steps = _steps(tree, reward, segment, gamma)
-    credit = hgpo(*steps, levels=levels, alpha=alpha, weight_shift=weight_shift, std=std, zero=zero)
+    options = dict(levels=levels, alpha=alpha, weight_shift=weight_shift, std=std, zero=zero)
+    credit = hgpo(*steps, **options, episode=reward if base else None)
     return _cell_credit(tree, reward, credit, segment)
 
 
