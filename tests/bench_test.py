@@ -210,7 +210,7 @@ def launch(module, *flags):
 def test_unknown_suite_is_one_sentence():
     result = launch("bench", "--suite=nothing")
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.strip() == "--suite=nothing is unknown; the suites are sampler, learner, step, estimators, pruning, devices, scaling, checkpoint, meshes."
+    assert result.stderr.strip() == "--suite=nothing is unknown; the suites are sampler, learner, step, estimators, pruning, devices, scaling, checkpoint, meshes, environments."
 
 
 def test_evaluating_no_run_is_one_sentence(tmp_path):
