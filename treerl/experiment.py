@@ -87,7 +87,7 @@ class Experiment:
             batch = min(config.evaluation.batch, count)
             if batch % shards or count % batch:
                 raise UserError(
-                    f"evaluation.batch={batch} must divide over {shards} shards and into the {count} {name or 'held-out'} "
+                    f"evaluation.batch={batch} must divide over {shards} shards and into the {count} {name.rstrip('/') or 'held-out'} "
                     "examples used; change evaluation.batch or evaluation.examples."
                 )
             self._starts[name] = range(0, count, batch)

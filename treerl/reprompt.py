@@ -92,7 +92,6 @@ def grow(
     return _lay_out(worlds, record, turn * A, penalty)
 
 
-
 def _lay_out(worlds: episodes.Worlds, record: dict, iterations, penalty) -> tuple[T.Tree, Stats, Contexts]:
     """The tree of what was said: the actions of a line one below the other, in its column."""
     count = record["count"]  # [B, K, T]

@@ -273,7 +273,9 @@ def weigh(fns: Fns, tree: T.Tree, credit, leaf_weight, knobs) -> tuple[Cells, ja
       constant: every token counts alike, divided by leaves x S (Dr. GRPO, arXiv 2503.20783).
     With leaf credit a cell counts once for each leaf below it, with cell credit once.
 
-    Observations of an environment have no weight. A forced token (`learner.forced`) is trained like a drawn one (policy, as the papers do), not at
+    Observations of an environment have no weight.
+
+    A forced token (`learner.forced`) is trained like a drawn one (policy, as the papers do), not at
     all (mask, nor counted in n_l or the number of tokens), or with the truncated weight min(p, cap), p its
     probability (importance: the rule chose it with probability 1). `learner.importance` gives
     all other tokens the weight w = p(policy) / p(sampler), truncated at the cap, or 0 above it (mask). Weights multiply

@@ -33,8 +33,9 @@ def check_start(experiment: Experiment) -> None:
         weights.check(experiment.folder, experiment.fns.model.plain)
     config, stream = experiment.config, experiment.stream()
     count, batch = min(config.steps * config.sampler.prompts, len(experiment.task.train)), config.sampler.prompts
-    if config.task.name == "reasoning_gym":  # questions are made when they are asked for, some in 50 ms
-        count = min(count, 256)
+    environment = experiment.task.environment
+    if config.task.name == "reasoning_gym" or (environment is not None and environment.on_host):  # made when asked for
+        count = min(count, 256 if environment is None else batch)
     for start in range(0, count, batch):
         examples, index = stream.examples(start, min(batch, count - start))
         P.encode(experiment.task, examples, index, config.sampler.prompt_length)

@@ -11,7 +11,7 @@ from treerl.errors import UserError
 from treerl.tasks import Encoded, Task
 from treerl.tasks.sources import View, plain
 
-CHUNK = 256  # demonstrations made at a time
+CHUNK = 256  # goals and demonstrations made at a time; of games on the host, which take a second, one
 
 
 def make(task: ConfigDict, config: ConfigDict) -> Task:
@@ -41,28 +41,37 @@ def make(task: ConfigDict, config: ConfigDict) -> Task:
 
 
 class _Room:
-    """What encoding shares; demonstrations are made when they are first asked for."""
+    """What encoding shares; goals and demonstrations are made when they are first asked for."""
 
     def __init__(self, environment: Environment, seed: int):
-        self._environment, self._seed, self._played = environment, seed, {}
-        self._goals = {split: self._goals_of(split) for split in environment.tasks}
+        self._environment, self._seed, self._played, self._asked = environment, seed, {}, {}
+        self._size = 1 if environment.on_host else CHUNK
+        self._ask = jax.jit(jax.vmap(environment.goal))
 
-    def _goals_of(self, split: str) -> list[list[int]]:
-        goals = np.asarray(jax.jit(jax.vmap(self._environment.goal))(self._environment.tasks[split]))
-        return [[int(token) for token in goal if token] for goal in goals]
+    def _tasks(self, split: str, start: int):
+        """The tasks of a chunk, the last repeated: one shape, compiled once."""
+        tasks = self._environment.tasks[split]
+        rows = np.minimum(np.arange(start, start + self._size), environments.count(tasks) - 1)
+        return jax.tree.map(lambda x: x[rows], tasks)
+
+    def _goal(self, split: str, row: int) -> list[int]:
+        start = row // self._size * self._size
+        if (split, start) not in self._asked:
+            self._asked[split, start] = np.asarray(self._ask(self._tasks(split, start)))
+        return [int(token) for token in self._asked[split, start][row - start] if token]
 
     def view(self, split: str) -> View:
         """The examples of a split: its name and a task's row in it."""
-        return View(len(self._goals[split]), lambda i: dict(split=split, row=i))
+        return View(environments.count(self._environment.tasks[split]), lambda i: dict(split=split, row=i))
 
     def encode(self, example: dict) -> Encoded:
         """The goal as prompt and the task as data; no answer."""
         split, row = example["split"], example["row"]
-        return Encoded(self._goals[split][row], [], jax.tree.map(lambda x: x[row], self._environment.tasks[split]))
+        return Encoded(self._goal(split, row), [], jax.tree.map(lambda x: x[row], self._environment.tasks[split]))
 
     def demonstrate(self, example: dict) -> tuple[np.ndarray, np.ndarray]:
         """See `Task`."""
-        start = example["row"] // CHUNK * CHUNK
+        start = example["row"] // self._size * self._size
         token, own = self._chunk(example["split"], start)
         token, own = token[example["row"] - start], own[example["row"] - start]
         length = int(np.sum(token != 0))
@@ -70,10 +79,8 @@ class _Room:
 
     def _chunk(self, split: str, start: int) -> tuple[np.ndarray, np.ndarray]:
         if (split, start) not in self._played:
-            tasks = self._environment.tasks[split]
-            rows = np.minimum(np.arange(start, start + CHUNK), environments.count(tasks) - 1)  # one shape: compiled once
-            keys = jax.random.split(jax.random.fold_in(jax.random.key(self._seed), start), CHUNK)
-            token, own, _ = self._play(keys, jax.tree.map(lambda x: x[rows], tasks))
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(self._seed), start), self._size)
+            token, own, _ = self._play(keys, self._tasks(split, start))
             self._played[split, start] = np.asarray(token), np.asarray(own)
         return self._played[split, start]
 
