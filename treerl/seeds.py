@@ -13,14 +13,12 @@ from ml_collections import ConfigDict
 from scipy import stats
 from tqdm import tqdm
 
-from treerl import metrics, processes, sharding
+from treerl import metrics, processes, sharding, warm_start
 from treerl import prompts as P
 from treerl import step as S
 from treerl.checkpoint import Checkpoints
 from treerl.errors import UserError, writing
 from treerl.experiment import Experiment, named
-from treerl.optimizer import make_optimizer
-from treerl.warm_start import first_examples
 from treerl.workdir import claim, write_config
 
 
@@ -65,11 +63,11 @@ class Seeds:
         whole, config = self.experiment.config, self.experiment.config.warm_start
         if not config.steps:
             return states
-        optimizer = ConfigDict(dict(whole.optimizer, learning_rate=config.learning_rate, schedule="constant"))
-        fns = self.experiment.fns._replace(optimizer=make_optimizer(optimizer, config.steps))
+        fns = warm_start.functions(self.experiment)
         restart = lambda fns: jax.jit(jax.vmap(functools.partial(S.restart, fns)), donate_argnums=0)
         update = jax.jit(jax.vmap(functools.partial(S.supervised_step, fns)), donate_argnums=0)
-        streams = [P.Stream(first_examples(self.experiment), seed) for seed in self.seeds[: 1 if self.shared else None]]
+        examples = warm_start.first_examples(self.experiment)
+        streams = [P.Stream(examples, seed) for seed in self.seeds[: 1 if self.shared else None]]
         count, key = len(self.seeds), jnp.copy(states.key)  # the states are donated
         lessons = lambda examples, index: P.encode_lessons(self.experiment.task, examples, index, whole.sampler, fns.window)
         states = restart(fns)(jax.tree.map(lambda x: x[: len(streams)], states))

@@ -52,6 +52,13 @@ def forget(workdir: str) -> None:
         folder.rmtree()
 
 
+def functions(experiment: Experiment) -> S.Fns:
+    """The run's functions with the warm start's optimizer: its own learning rate, constant after optimizer.warmup_steps."""
+    whole, config = experiment.config, experiment.config.warm_start
+    optimizer = ConfigDict(dict(whole.optimizer, learning_rate=config.learning_rate, schedule="constant"))
+    return experiment.fns._replace(optimizer=make_optimizer(optimizer, config.steps))
+
+
 def warm_start(experiment: Experiment, workdir: str, progress: bool, signals: Signals):
     """Trains on a small fixed set of reference answers; saved with every evaluation, and continued from there.
 
@@ -64,8 +71,7 @@ def warm_start(experiment: Experiment, workdir: str, progress: bool, signals: Si
     whole, config = experiment.config, experiment.config.warm_start
     if not config.steps:
         return experiment.init(whole.seed), []
-    optimizer = ConfigDict(dict(whole.optimizer, learning_rate=config.learning_rate, schedule="constant"))
-    fns, model = experiment.fns._replace(optimizer=make_optimizer(optimizer, config.steps)), experiment.fns.model
+    fns, model = functions(experiment), experiment.fns.model
     shardings, trained = S.state_shardings(fns), lambda state: model.split(state.params)[0]
     update = jax.jit(
         functools.partial(S.supervised_step, fns),
