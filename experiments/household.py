@@ -38,7 +38,7 @@ def get_config(arg: str | None = None):
     if given["variant"] != "grpo":
         config.advantage.options.update(gamma=0.95)
     if given["variant"] == "hgpo":
-        config.advantage.options.update(base=True)  # or turns in states that no other line saw would teach nothing
+        config.advantage.options.update(base="sum")  # without, turns in states that no other episode saw teach nothing
     config.model.update(layers=4, width=128, heads=4, kv_heads=2, head_dim=32, hidden=384)
     config.learner.update(bin_tokens=512, bins_per_step=32)
     config.optimizer.update(learning_rate=3e-4, schedule="constant")

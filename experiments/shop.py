@@ -24,6 +24,8 @@ def get_config(arg: str | None = None):
     config.advantage.options.update(std=False)  # as in household
     if given["variant"] != "grpo":
         config.advantage.options.update(gamma=0.95)
+    if given["variant"] == "hgpo":
+        config.advantage.options.update(base="sum")  # as in household
     config.model.update(layers=4, width=128, heads=4, kv_heads=2, head_dim=32, hidden=384)
     config.learner.update(bin_tokens=512, bins_per_step=32)
     config.optimizer.update(learning_rate=3e-4, schedule="constant")

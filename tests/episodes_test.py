@@ -205,6 +205,15 @@ def steps_of(one):
     return returns, t.state_id, t.valid
 
 
+@functools.cache
+def estimates():
+    """Credit of one tree by name: `item` and `sum` are HGPO with an episode term."""
+    return jax.jit(lambda tree, reward: dict(
+        hgpo=hgpo_tree(tree, reward, gamma=0.9), gigpo=gigpo_tree(tree, reward, gamma=0.9),
+        **{base: hgpo_tree(tree, reward, gamma=0.9, levels=1, base=base) for base in ("item", "sum")},
+    ))  # fmt: skip
+
+
 @pytest.mark.parametrize("rule", ["stochastic", "lookahead"])
 def test_credit_of_a_cell_is_the_oracles_on_the_same_arrays(rule):
     """HGPO and GiGPO from rollouts: each cell of the policy has the mean over the leaves below of their turns' advantages."""
@@ -218,9 +227,12 @@ def test_credit_of_a_cell_is_the_oracles_on_the_same_arrays(rule):
         batch = [
             (0, [tuple(x) for x in states[own].tolist()], value[own].tolist()) for states, value, own in zip(ids, returns, valid)
         ]
-        wanted = dict(hgpo=hgpo_oracle.hgpo(batch, levels=2), base=hgpo_oracle.hgpo(batch, levels=1, episode=reward.tolist()), gigpo=hgpo_oracle.gigpo(batch, episode=reward.tolist()))
-        base = hgpo_tree(one, reward, gamma=0.9, levels=1, base=True)
-        got = {"hgpo": hgpo_tree(one, reward, gamma=0.9), "base": base, "gigpo": gigpo_tree(one, reward, gamma=0.9)}
+        episode = dict(episode=reward.tolist())
+        wanted = dict(
+            hgpo=hgpo_oracle.hgpo(batch, levels=2), gigpo=hgpo_oracle.gigpo(batch, **episode),
+            **{base: hgpo_oracle.hgpo(batch, levels=1, base=base, **episode) for base in ("item", "sum")},
+        )  # fmt: skip
+        got = estimates()(one, reward)
         cells = oracles.leaf_cells(one)
         at = lambda values, turn: values[turn] if turn < len(values) else 0.0  # an action that the last row cut off
         for name, by_step in wanted.items():

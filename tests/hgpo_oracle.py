@@ -60,8 +60,12 @@ def gigpo(batch, *, std=False, episode=None, step_weight=1.0, cross_steps=True, 
 
 def hgpo(
     batch, *, levels=2, alpha=1.0, weight_shift=1, std=True, zero="drop", tolerance=1e-6, episode=None,
-    cross_steps=True, eps=1e-6,
+    base="item", cross_steps=True, eps=1e-6,
 ):  # fmt: skip
+    if episode is not None and base == "sum":
+        options = dict(levels=levels, alpha=alpha, weight_shift=weight_shift, std=std, zero=zero, tolerance=tolerance, eps=eps)
+        terms = episode_terms(batch, episode, std=std, cross_steps=cross_steps, eps=eps)
+        return [[a + (term[1] if term else 0.0) for a in row] for row, term in zip(hgpo(batch, **options), terms)]
     items = [[[] for _ in states] for _, states, _ in batch]  # (weight, centred, divisor, magnitude)
     largest = {}
     for uid, _, returns in batch:

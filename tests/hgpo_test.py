@@ -82,13 +82,14 @@ def test_hgpo_equals_dictionaries_on_random_groups(levels, zero, std):
     assert not np.any(got[np.isin(kinds, ("constant", "unique"))])
 
 
+@pytest.mark.parametrize("base", ["item", "sum"])
 @pytest.mark.parametrize("cross_steps", [True, False])
 @pytest.mark.parametrize("zero,std,shift", [("drop", True, 2), ("keep", False, 1)])
-def test_hgpo_with_the_episode_term_equals_dictionaries(zero, std, shift, cross_steps):
+def test_hgpo_with_the_episode_term_equals_dictionaries(zero, std, shift, cross_steps, base):
     rng = np.random.default_rng(7)
     arrays, batch = random_groups(rng, 1)
     episode = rng.integers(0, 3, (GROUPS, R)).astype(np.float32)
-    options = dict(levels=2, weight_shift=shift, std=std, zero=zero, cross_steps=cross_steps)
+    options = dict(levels=2, weight_shift=shift, std=std, zero=zero, cross_steps=cross_steps, base=base)
     fast = jax.jit(jax.vmap(lambda x, s, v, e: hgpo(x, s, v, episode=e, **options)))
     slow = lambda g, b, _: oracle.hgpo(b, episode=episode[g].tolist(), **options)
     np.testing.assert_allclose(fast(*arrays, episode), by_group(batch, slow, [1] * GROUPS), atol=1e-5)

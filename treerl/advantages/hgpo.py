@@ -90,6 +90,7 @@ def hgpo(
     zero: Literal["drop", "keep"] = "drop",
     tolerance: float = 1e-6,
     episode: jax.Array | None = None,
+    base: Literal["item", "sum"] = "item",
     cross_steps: bool = True,
     eps: float = 1e-6,
 ) -> jax.Array:
@@ -111,8 +112,11 @@ def hgpo(
       - zero="drop" is the released code: a level in which this step's centred return is zero is
         left out and the others renormalised; "keep" is the paper: it stays with its weight. The
         code tests exact float equality, here |R - mean| <= tolerance max(1, max |R|);
-      - `episode` is the code's base_group=True: GiGPO's A_E (ddof 1) as one more item, of weight 1
+      - `episode` with base="item" is the code's base_group=True: GiGPO's A_E (ddof 1) as one more item, of weight 1
         whatever alpha; it is absent for a group of one, where the code takes the RAW score.
+
+    base="sum" is in neither: A_E + A, GiGPO with the average over histories in the place of A_S. An item's weight
+    depends on what else a step has, so that with "item" a trajectory that failed is blamed less at states that were seen often.
 
     One sort numbers the states, a second orders the steps by state, then by the state before, and so on,
     so that the groups of every level are runs. A segmented scan merges the moments of a run: its order of addition is
@@ -123,14 +127,17 @@ def hgpo(
       state_id: [R, T] or [R, T, words] int32 or uint32, equal exactly where the states are.
       valid: [R, T] bool, a prefix of each trajectory.
       levels: longest history, in states before the present one; static, as are weight_shift (at
-        least 1), std, zero and cross_steps. alpha (not negative), tolerance, eps may be traced.
+        least 1), std, zero, base and cross_steps. alpha (not negative), tolerance, eps may be traced.
       episode: None or [R], the return of each trajectory.
 
     Returns:
       float32 [R, T], 0 at invalid steps.
     """
-    if zero not in ("drop", "keep") or levels < 0 or weight_shift < 1:
-        raise ValueError(f"hgpo: zero={zero!r} is not drop or keep, levels={levels} < 0, or weight_shift={weight_shift} < 1.")
+    if zero not in ("drop", "keep") or base not in ("item", "sum") or levels < 0 or weight_shift < 1:
+        raise ValueError(
+            f"hgpo: zero={zero!r} is not drop or keep, base={base!r} not item or sum, levels={levels} < 0, or "
+            f"weight_shift={weight_shift} < 1."
+        )
     levels = min(levels, valid.shape[1] - 1)
     order, centred, square, count = _compare(returns, state_id, valid, levels)
     scale = jnp.sqrt(square / jnp.maximum(count, 1)) + eps if std else 1.0
@@ -139,10 +146,11 @@ def hgpo(
     log_weight = alpha * jnp.log(weight_shift + jnp.arange(levels + 1.0))
 
     if episode is not None:
-        offset, base, enough = _episode(episode, valid, cross_steps=cross_steps, std=std, eps=eps)
+        offset, term, enough = _episode(episode, valid, cross_steps=cross_steps, std=std, eps=eps)
+    if episode is not None and base == "item":
         differs = jnp.abs(offset) > tolerance * _magnitude(episode, jnp.any(valid, axis=1))
         trajectory = order // valid.shape[1]
-        item = jnp.concatenate([item, base[None, trajectory]])
+        item = jnp.concatenate([item, term[None, trajectory]])
         nonzero = jnp.concatenate([nonzero, differs[None, trajectory]])
         present = jnp.concatenate([present, jnp.broadcast_to(enough, order.shape)[None]])
         log_weight = jnp.append(log_weight, 0.0)
@@ -150,8 +158,10 @@ def hgpo(
     present = present & nonzero if zero == "drop" else present
     log_weight = jnp.where(present, log_weight[:, None], 0.0)
     weight = jnp.exp(log_weight - jnp.max(log_weight, axis=0))  # the largest is 1: no overflow
-    advantage = masked.mean(jnp.where(nonzero, item, 0.0), present, axis=0, weight=weight)
-    return jnp.where(valid, _unsort(advantage, order, valid.shape), 0.0)
+    advantage = _unsort(masked.mean(jnp.where(nonzero, item, 0.0), present, axis=0, weight=weight), order, valid.shape)
+    if episode is not None and base == "sum":
+        advantage = advantage + term[:, None]
+    return jnp.where(valid, advantage, 0.0)
 
 
 def segments(
@@ -221,7 +231,7 @@ def hgpo_tree(
     weight_shift: int = 1,
     std: bool = True,
     zero: Literal["drop", "keep"] = "drop",
-    base: bool = False,
+    base: Literal["none", "item", "sum"] = "none",
 ) -> jax.Array:
     """Compares turns that were taken in the same state, or segments of text that follow the same text, by HGPO.
 
@@ -234,15 +244,17 @@ def hgpo_tree(
 
     Args:
       tree: one tree. reward: [L] float32, of text; episodes have rewards in their turns. segment, gamma: see `segments`.
-        base: the whole leaf's comparison is one more item, as `episode` of `hgpo` (base_group of the released code). Others:
-        see `hgpo`.
+        base: what the comparison of whole leaves is: not read (the paper), one more item (base_group of the released code)
+          or added; see `episode` of `hgpo`. Others: see `hgpo`.
 
     Returns:
       Cell credit, float32 [S, K], 0 outside kept cells.
     """
     steps = _steps(tree, reward, segment, gamma)
     options = dict(levels=levels, alpha=alpha, weight_shift=weight_shift, std=std, zero=zero)
-    credit = hgpo(*steps, **options, episode=reward if base else None)
+    if base != "none":
+        options |= dict(episode=reward, base=base)
+    credit = hgpo(*steps, **options)
     return _cell_credit(tree, reward, credit, segment)
 
 
