@@ -1,6 +1,7 @@
 """Agents from the config to the update: the step on the device, what is learnt from, evaluation, several seeds."""
 import functools
-import json
+import os
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from ml_collections import ConfigDict
+from sharding_test import on_eight_devices
 
 from treerl import environments, metrics, reprompt, seeds, tasks
 from treerl import prompts as P
@@ -218,6 +220,55 @@ def test_a_lesson_is_a_turn_of_a_demonstration_as_the_policy_would_read_it():
     assert len({int(n) for n in prompts.length}) > 1
 
 
+# --- devices ---------------------------------------------------------------------------------------
+
+MEMORIES = {
+    "full": dict(mesh__data=4, mesh__fsdp=2),
+    "reprompt": dict(mesh__data=4, mesh__tensor=2, environment__memory="reprompt", environment__window=1, branching__rule="stochastic"),
+}  # fmt: skip
+SPREAD = dict(sampler__prompts=8, sampler__answer_length=32, environment__horizon=4, model__kv_heads=2, evaluation__examples=8, evaluation__batch=8)
+
+
+def spread(memory, **changes) -> dict[str, np.ndarray]:
+    """The trees of a step, and what is learnt from them when turns have rewards that chance gave."""
+    found = Experiment(small(**SPREAD | MEMORIES[memory] | changes))
+    prompts, state = found.prompts(*found.stream().examples(0, 8)), found.init(0)
+    sampled = found._sample_half(state, prompts, found.knobs)
+    tree = jax.device_get(sampled.tree)
+    shown = {f"tree.{k}": v for k, v in dict(token=tree.token, parent=tree.parent, source=tree.source, **tree.turns).items()}
+    luck = jax.device_put(np.random.default_rng(0).random(tree.turns.reward.shape, np.float32), found.trees)
+    sampled = sampled._replace(tree=sampled.tree.replace(turns=sampled.tree.turns.replace(reward=luck * sampled.tree.turns.valid)))
+    graded = S.grade(found.fns, sampled.tree, sampled.prompts)
+    values = jax.device_get(found._learn_half(state, sampled, jax.device_put(graded, found.trees), found.knobs)[1])
+    fills = ("samples", "bins", "logp_drift", "logp_drift_max")  # bins are filled shard by shard
+    return shown | {k: np.asarray(v) for k, v in values.items() if k not in fills}
+
+
+@pytest.fixture(scope="module")
+def on_eight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eight")
+    run = on_eight_devices(__file__, folder)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_devices_do_not_change_the_step(memory, on_eight):
+    wanted, found = spread(memory, mesh__data=1, mesh__fsdp=1, mesh__tensor=1), np.load(on_eight / f"{memory}.npz")
+    assert set(found) == set(wanted) and wanted["grad_norm"] > 0 and np.ptp(wanted["tree.turn"]) == 3
+    for name, want in wanted.items():
+        if name.startswith("tree."):
+            np.testing.assert_array_equal(found[name], want, err_msg=name)
+        else:
+            np.testing.assert_allclose(found[name], want, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def main(folder: str):
+    assert jax.device_count() == 8
+    for memory in MEMORIES:
+        np.savez(os.path.join(folder, f"{memory}.npz"), **spread(memory))
+
+
 # --- runs ------------------------------------------------------------------------------------------
 
 
@@ -311,3 +362,7 @@ def test_bad_input_gets_a_sentence(make, words):
     with pytest.raises(UserError) as error:
         make()
     assert words in str(error.value)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
