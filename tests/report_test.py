@@ -128,13 +128,16 @@ def test_curves_are_compared_at_equal_steps_and_at_equal_tokens(tmp_path):
         "a": [history([0.1, 0.2, 0.3], 10), history([0.3, 0.4, 0.5], 10)],
         "b": [history([0.0, 0.5, 1.0], 20)],  # by step 3 it has drawn what the others have in all
     }
-    found = report.compare(tmp_path / "c.svg", runs)
+    both = report.compare(tmp_path / "c.svg", runs, ("pass@1", "sampled_tokens"))
+    found = both["pass@1"]
     half = 12.7062 * 0.1  # Student's t of one degree of freedom, times the standard error of 0.3 and 0.5
     np.testing.assert_allclose(found["a"], [[6, 0.4, half], [60, 0.4, half]], rtol=1e-4)
     np.testing.assert_allclose(found["b"][:, :2], [[6, 1.0], [60, 0.25]])
     assert np.isnan(found["b"][:, 2]).all()
     text = (tmp_path / "c.svg").read_text()
-    assert "pass@1 at equal steps" in text and "pass@1 at equal tokens sampled" in text and "a, 2 seeds" in text
+    np.testing.assert_allclose([own[0, 1] for own in both["sampled_tokens"].values()], [10, 20])
+    assert "pass@1 at equal steps" in text and "sampled_tokens at equal steps" in text
+    assert "pass@1 at equal tokens sampled" in text and "a, 2 seeds" in text
 
 
 def test_means_reach_as_far_as_every_run():
@@ -144,4 +147,4 @@ def test_means_reach_as_far_as_every_run():
 
 def test_a_metric_that_was_not_measured_is_named(tmp_path):
     with pytest.raises(UserError, match="metric 'pass@3' was not measured in these runs; known are pass@1."):
-        report.compare(tmp_path / "c.svg", {"a": [history([0.1], 1)]}, "pass@3")
+        report.compare(tmp_path / "c.svg", {"a": [history([0.1], 1)]}, ("pass@3",))

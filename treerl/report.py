@@ -207,33 +207,35 @@ def mean_curve(curves: list[np.ndarray], axis: int) -> np.ndarray:
     return np.stack([x, values.mean(axis=0), stats.t.ppf(0.975, max(count - 1, 1)) * spread], axis=1)
 
 
-def compare(path, runs: dict[str, list[list[dict]]], metric: str = "pass@1") -> dict[str, np.ndarray]:
-    """Draws a metric of several kinds of runs as an SVG, at equal steps on the left and equal sampled tokens on the right.
+def compare(path, runs: dict[str, list[list[dict]]], metrics: tuple[str, ...] = ("pass@1",)) -> dict[str, dict[str, np.ndarray]]:
+    """Draws metrics of several kinds of runs as an SVG, a row each: at equal steps, and at equal sampled tokens.
 
     Args:
       runs: name -> histories (lines of metrics.jsonl), one a seed.
 
     Returns:
-      name -> [2, 3]: (x, mean, half width of the 95% interval) at the end that all kinds reach, of steps and of tokens.
+      metric -> name -> [2, 3]: (x, mean, half width of the 95% interval) at the end that all kinds reach, of steps and of
+      tokens.
     """
-    curves = {name: [curve(history, metric) for history in histories] for name, histories in runs.items()}
-    found = {name: [] for name in curves}
+    found = {metric: {name: [] for name in runs} for metric in metrics}
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "treerl"}):
-        figure = Figure(figsize=(11, 4), layout="constrained")
-        for axis, (place, label) in enumerate(zip(figure.subplots(1, 2, sharey=True), ("steps", "tokens sampled"))):
-            shared = min(c[-1, axis] for own in curves.values() for c in own)
-            for name, own in curves.items():
-                x, mean, half = mean_curve(own, axis).T
-                place.plot(x, mean, label=f"{name}, {len(own)} seeds" if len(own) > 1 else name)
-                place.fill_between(x, mean - half, mean + half, alpha=0.2)
-                cut = [np.concatenate([c[c[:, axis] < shared], [_at(c, axis, shared)]]) for c in own]
-                found[name].append(mean_curve(cut, axis)[-1])
-            place.set_xlabel(label)
-            place.set_title(f"{metric} at equal {label}")
-            place.grid(alpha=0.3)
-            place.legend(fontsize="small")
+        figure = Figure(figsize=(11, 4 * len(metrics)), layout="constrained")
+        for metric, places in zip(metrics, figure.subplots(len(metrics), 2, sharey=True, squeeze=False)):
+            curves = {name: [curve(history, metric) for history in histories] for name, histories in runs.items()}
+            for axis, (place, label) in enumerate(zip(places, ("steps", "tokens sampled"))):
+                shared = min(c[-1, axis] for own in curves.values() for c in own)
+                for name, own in curves.items():
+                    x, mean, half = mean_curve(own, axis).T
+                    place.plot(x, mean, label=f"{name}, {len(own)} seeds" if len(own) > 1 else name)
+                    place.fill_between(x, mean - half, mean + half, alpha=0.2)
+                    cut = [np.concatenate([c[c[:, axis] < shared], [_at(c, axis, shared)]]) for c in own]
+                    found[metric][name].append(mean_curve(cut, axis)[-1])
+                place.set_xlabel(label)
+                place.set_title(f"{metric} at equal {label}")
+                place.grid(alpha=0.3)
+                place.legend(fontsize="small")
         figure.savefig(path, format="svg", metadata={"Date": None})
-    return {name: np.stack(rows) for name, rows in found.items()}
+    return {metric: {name: np.stack(rows) for name, rows in own.items()} for metric, own in found.items()}
 
 
 def _at(points: np.ndarray, axis: int, x: float) -> np.ndarray:

@@ -115,8 +115,8 @@ def hgpo(
       - `episode` with base="item" is the code's base_group=True: GiGPO's A_E (ddof 1) as one more item, of weight 1
         whatever alpha; it is absent for a group of one, where the code takes the RAW score.
 
-    base="sum" is in neither: A_E + A, GiGPO with the average over histories in the place of A_S. An item's weight
-    depends on what else a step has, so that with "item" a trajectory that failed is blamed less at states that were seen often.
+    base="sum" is in neither: A_E + A, GiGPO with the average over histories in the place of A_S. As an item, A_E weighs
+    less the more levels a step has, so that a trajectory that failed is blamed less where it repeated itself.
 
     One sort numbers the states, a second orders the steps by state, then by the state before, and so on,
     so that the groups of every level are runs. A segmented scan merges the moments of a run: its order of addition is
