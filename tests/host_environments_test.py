@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
 
 import jax
@@ -603,3 +604,34 @@ def test_lines_of_the_sampler_play_games_and_a_fault_ends_one_of_them():
             won += reward
     assert won and failed and sum(env.faults().values())
     env.close()
+
+
+# --- in a run -------------------------------------------------------------------------------------
+
+
+def test_a_run_counts_failures_goes_on_and_leaves_no_process(tmp_path, monkeypatch):
+    """Three of eight tasks cannot start; a user's environment is a module and its name in NAMES."""
+    from agents_test import small
+
+    from treerl import metrics, tasks
+    from treerl.train import train
+
+    def make(*, seed, train_size, heldout_size, horizon=3):
+        number = dict(train=np.array([-3, 1, 2, -2, 3, 4, -1, 5]), heldout=np.array([6, 7, 8, 9]), novel=np.array([10, 11, 12, 13]))
+        numbers = {split: dict(number=x.astype(np.int32)) for split, x in number.items()}
+        return host.adapt(sample_games.counter, ("",), **USUAL | dict(tasks=numbers, horizon=horizon, workers=1))
+
+    monkeypatch.setattr(environments, "NAMES", ("counting",))
+    monkeypatch.setattr(tasks, "NAMES", ("counting",))
+    monkeypatch.setitem(sys.modules, "treerl.environments.counting", types.SimpleNamespace(make=make))
+    before = set(children())
+    config = small(
+        "counting", steps=3, evaluation__every=3, environment__horizon=3, branching__rule="stochastic", warm_start__steps=0,
+    )  # fmt: skip
+    train(config, str(tmp_path), progress=False)
+    lines = metrics.read(tmp_path / "metrics.jsonl")
+    failed = [line["games_raised"] for line in lines]
+    assert len(lines) == 3 and sum(failed) >= 1 and all(line["games_hung"] == line["games_died"] == 0 for line in lines)
+    assert all(line["loss"] is not None and line["skipped"] == 0 for line in lines)
+    assert "episodes that games failed in" in (tmp_path / "report.html").read_text()
+    assert all(map(ends, set(children()) - before))

@@ -125,6 +125,15 @@ class Experiment:
         one = jax.tree.map(lambda x: np.repeat(x, self.config.sampler.prompts, axis=0), one)
         return sharding.shapes(one, self.trees)
 
+    def faults(self) -> dict[str, int]:
+        """How many episodes ended so far because a game on this process's host failed, by kind; {} of JAX."""
+        return {} if self.fns.environment is None else self.fns.environment.faults()
+
+    def close(self) -> None:
+        """Ends the processes of an environment on the host; what plays in it later starts others."""
+        if self.fns.environment is not None:
+            self.fns.environment.close()
+
     def stream(self) -> P.Stream:
         """The training examples of this seed."""
         return P.Stream(self.task.train, self.config.seed)

@@ -20,6 +20,7 @@ GROUPS = (
     ("turns of an episode", ("turns",)),
     ("invalid actions", ("invalid",)),
     ("answers that graders failed on", ("graders_*",)),
+    ("episodes that games failed in", ("games_*",)),
     ("pass@k and votes on held-out examples", ("pass@*", "majority@*", "weighted@*")),
     ("loss", ("loss",)),
     ("gradient norm", ("grad_norm",)),

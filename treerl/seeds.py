@@ -3,6 +3,7 @@
 Each seed has parameters, order of examples, warm start and random draws of its own, as a run of `train` has; or all go on
 from one warm start. Loops whose length depends on data run until the last seed is done.
 """
+import contextlib
 import functools
 import os
 
@@ -110,7 +111,8 @@ def train(config: ConfigDict, workdir: str, count: int, progress: bool = True, *
         raise UserError(f"--count={count} cannot work; set it to 1 or more seeds.")
     claim(workdir, config)
     run = Seeds(config, list(range(config.seed, config.seed + count)), shared)
-    with writing(f"workdir={workdir}", "make room or allow it, and the same command goes on."), Checkpoints(workdir) as checkpoints:
+    refused = "make room or allow it, and the same command goes on."
+    with contextlib.closing(run.experiment), writing(f"workdir={workdir}", refused), Checkpoints(workdir) as checkpoints:
         write_config(workdir, config)
         restored = checkpoints.restore_latest(run.shape())
         done, states, extra = restored or (0, None, {})

@@ -54,7 +54,8 @@ def train(config: ConfigDict, workdir: str, progress: bool = True, profile: tupl
 
     Writes config.json, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ and report.html into workdir.
     Lines of metrics.jsonl after the restored checkpoint are dropped and written again, with the
-    same numbers apart from times. With `profile`, (first, last), traces those steps into profile/.
+    same numbers apart from times and games_KIND: how often games on this host failed since the step before, a failure that
+    came again counted once. With `profile`, (first, last), traces those steps into profile/.
     Called again after its end, it writes the report again. Of several processes each calls this, with a workdir that
     all of them see; the first writes.
 
@@ -67,16 +68,17 @@ def train(config: ConfigDict, workdir: str, progress: bool = True, profile: tupl
     Raises:
       Interrupted: by a signal, after saving. Diverged: too many updates in a row were skipped.
     """
-    with Signals() as signals, profiling.out_of_memory():
-        return _train(config, workdir, progress and processes.is_first(), profile, signals)
+    with Signals() as signals, profiling.out_of_memory(), contextlib.ExitStack() as stack:
+        return _train(config, workdir, progress and processes.is_first(), profile, signals, stack)
 
 
-def _train(config: ConfigDict, workdir: str, progress: bool, profile, signals: Signals) -> dict:
+def _train(config: ConfigDict, workdir: str, progress: bool, profile, signals: Signals, stack) -> dict:
     begin = time.monotonic()
     processes.check_same(dict(fields(json.loads(config.to_json_best_effort())), workdir=str(workdir)))
     with signals.nothing_to_lose("stopped before the first step; the same command starts again."):
         claim(workdir, config)
         experiment = Experiment(config)
+        stack.callback(experiment.close)
         warm_start.check(experiment)
         if new := processes.first_decides(not has_config(workdir)):
             check_start(experiment)
@@ -149,7 +151,7 @@ class Run:
         self.experiment, self.workdir, self.checkpoints, self.signals = experiment, workdir, checkpoints, signals
         self.state, self.extra, self.begin = state, extra, begin
         self.done, self.position = int(state.step), int(state.position)
-        self._stream, self._watchdog = experiment.stream(), Watchdog()
+        self._stream, self._watchdog, self._faults = experiment.stream(), Watchdog(), experiment.faults()
         self._bar = tqdm(total=experiment.config.steps, initial=self.done, desc="train", disable=not progress)
 
     @contextlib.contextmanager
@@ -196,6 +198,8 @@ class Run:
                 self.stop_if_asked()
             shown = values.pop("samples", None)
             values = jax.device_get(values)
+        before, self._faults = self._faults, self.experiment.faults()
+        values |= {f"games_{kind}": count - before[kind] for kind, count in self._faults.items()}
         self.done, self.position = number, self.position + config.sampler.prompts
         last = number == config.steps
         if shown is not None and processes.is_first() and (number % config.samples_every == 0 or number == 1 or last):
