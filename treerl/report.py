@@ -191,6 +191,13 @@ def curve(history: list[dict], metric: str) -> np.ndarray:
     return np.array(rows, float)
 
 
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over runs, [n, ...], and half width of its 95% interval by Student's t, nan for a single run."""
+    count = len(values)
+    half = stats.t.ppf(0.975, count - 1) * np.std(values, axis=0, ddof=1) / count**0.5 if count > 1 else np.full(np.shape(values)[1:], np.nan)
+    return np.mean(values, axis=0), half
+
+
 def mean_curve(curves: list[np.ndarray], axis: int) -> np.ndarray:
     """Mean and 95% interval over runs: float64 [n, 3] of (x, mean, half width).
 
@@ -198,14 +205,11 @@ def mean_curve(curves: list[np.ndarray], axis: int) -> np.ndarray:
       curves: of `curve`, one a seed. axis: 0 for steps, 1 for tokens; values are interpolated to the first run's
         places, as far as all runs reach.
 
-    Student's t over the runs; the half width of a single run is nan.
+    The half width of a single run is nan.
     """
     end, start = min(c[-1, axis] for c in curves), max(c[0, axis] for c in curves)
     x = np.array([v for v in curves[0][:, axis] if start <= v < end] + [end])
-    values = np.stack([np.interp(x, c[:, axis], c[:, 2]) for c in curves])
-    count = len(curves)
-    spread = values.std(axis=0, ddof=1) / count**0.5 if count > 1 else np.full(len(x), np.nan)
-    return np.stack([x, values.mean(axis=0), stats.t.ppf(0.975, max(count - 1, 1)) * spread], axis=1)
+    return np.stack([x, *interval(np.stack([np.interp(x, c[:, axis], c[:, 2]) for c in curves]))], axis=1)
 
 
 def compare(path, runs: dict[str, list[list[dict]]], metrics: tuple[str, ...] = ("pass@1",)) -> dict[str, dict[str, np.ndarray]]:

@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from scipy import stats
 from tqdm import tqdm
 
-from treerl import metrics, processes, sharding, warm_start
+from treerl import metrics, processes, report, warm_start
 from treerl import prompts as P
 from treerl import step as S
-from treerl.checkpoint import Checkpoints
+from treerl.checkpoint import Checkpoints, abstract
 from treerl.errors import UserError, writing
 from treerl.experiment import Experiment, named
 from treerl.workdir import claim, write_config
@@ -48,11 +47,6 @@ class Seeds:
     def start(self):
         """The states before anything is learnt."""
         return jax.jit(jax.vmap(functools.partial(S.init_state, self.experiment.fns)))(jnp.array(self.seeds))
-
-    def shape(self):
-        """The states as ShapeDtypeStructs, to restore into."""
-        whole = sharding.replicated(self.experiment.mesh)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(self.start))
 
     def _encode(self, encode, streams, position: int, count: int):
         """The next examples of each seed's stream, encoded: numpy [N, count, ...]."""
@@ -114,7 +108,7 @@ def train(config: ConfigDict, workdir: str, count: int, progress: bool = True, *
     refused = "make room or allow it, and the same command goes on."
     with contextlib.closing(run.experiment), writing(f"workdir={workdir}", refused), Checkpoints(workdir) as checkpoints:
         write_config(workdir, config)
-        restored = checkpoints.restore_latest(run.shape())
+        restored = checkpoints.restore_latest(abstract(jax.eval_shape(run.start)))
         done, states, extra = restored or (0, None, {})
         path = lambda seed: os.path.join(workdir, f"seed{seed}", "metrics.jsonl")
         files = [metrics.MetricsFile(path(seed), done if restored else -1) for seed in run.seeds]
@@ -139,6 +133,5 @@ def train(config: ConfigDict, workdir: str, count: int, progress: bool = True, *
                 checkpoints.save(number, states, extra=dict(scores=scores))
         for file in files:
             file.close()
-    quantile = stats.t.ppf(0.975, max(count - 1, 1)) / count**0.5
-    half = lambda values: float(quantile * np.std(values, ddof=1)) if count > 1 else None
-    return {k: (float(np.mean(v)), half(v)) for k in scores[0] for v in [[own[k] for own in scores]]}
+    found = {k: report.interval(np.array([own[k] for own in scores])) for k in scores[0]}
+    return {k: (float(mean), None if np.isnan(half) else float(half)) for k, (mean, half) in found.items()}
