@@ -242,6 +242,7 @@ def test_text_is_cut_and_unknown_words_are_marked():
     ("spin", "hung", "took longer than 0.6 s"),
     ("end", "died", "ended its process with exit status 3"),
     ("nan", "not_finite", "gave the reward nan"),
+    ("huge", "not_finite", "gave the reward 1e+300"),
 ])  # fmt: skip
 def test_a_failure_ends_its_own_episode_alone(how, kind, words, tmp_path):
     """Others of the same process go on, as does another line of the same task; the reason is told once."""

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-WORDS = tuple("add double finish raise hang spin end nan garbage print child at <unk> >".split()) + tuple(map(str, range(100)))
+WORDS = tuple("add double finish raise hang spin end nan huge garbage print child at <unk> >".split()) + tuple(map(str, range(100)))
 
 
 class Counter:
@@ -30,6 +30,8 @@ class Counter:
         self.steps += 1
         if text == "nan":
             return "", float("nan"), False, True
+        if text == "huge":
+            return "", 1e300, False, True
         if text == "garbage":
             return "too little"
         if text == "finish":

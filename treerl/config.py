@@ -61,7 +61,7 @@ def default() -> ConfigDict:
             anchor="state",  # what turns are compared by in gigpo and hgpo: the environment's state, or the observation
             memory="full",  # what the policy reads: the whole episode, or a fresh prompt each turn (reprompt) with the goal ...
             window=2,  # ... and so many turns before
-            invalid_penalty=0.0,  # that an invalid action costs, in the credit of its turn alone
+            invalid_penalty=0.0,  # that an invalid action costs, of the episode's reward and of its own turn's return, undiscounted
         ),
         convert_dict=False,
     )

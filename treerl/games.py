@@ -17,7 +17,6 @@ quickly.
 import collections
 import contextlib
 import hashlib
-import math
 import numbers
 import pickle
 import random
@@ -32,7 +31,7 @@ from multiprocessing import connection
 from typing import Any, NamedTuple
 
 from treerl.errors import UserError
-from treerl.graders.workers import DIED, FAULTS, FINE, HUNG, NOT_FINITE, RAISED, START, Worker, close_all, outlive
+from treerl.graders.workers import DIED, FAULTS, FINE, FLOAT32_MAX, HUNG, NOT_FINITE, RAISED, START, Worker, close_all, outlive
 
 FAULTY = 4096  # questions whose fault is remembered
 OUTCOMES = dict(
@@ -73,7 +72,7 @@ class Answer(NamedTuple):
 
 
 class NotFinite(ValueError):
-    """A reward that is no finite number."""
+    """A reward that is no finite float32."""
 
 
 class Live:
@@ -93,7 +92,7 @@ class Live:
         self._tick()
         text, reward, done, admissible = self.game.step(action)
         reward = reward.item() if hasattr(reward, "item") else reward  # of NumPy
-        if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+        if not isinstance(reward, numbers.Real) or not abs(reward) <= FLOAT32_MAX:
             raise NotFinite(f"gave the reward {reward!r}")
         self.turn = Turn(_text(text, "step"), float(reward), bool(done), bool(admissible), self._id(text))
 

@@ -54,8 +54,12 @@ def encode_lessons(task: Task, examples: list[dict], index: np.ndarray, sizes, w
     for example, goal, number in zip(examples, prompts.token, index):
         token, own = task.demonstrate(example)
         turns = int(np.sum(own & ~np.append(False, own[:-1])))
+        goal = [int(t) for t in goal if t]
+        if not turns:  # of a game on the host that could not start: nothing to learn
+            taken.append((goal, []))
+            continue
         turn = int(np.random.default_rng(number).integers(turns))
-        taken.append(environments.lesson([int(t) for t in goal if t], token, own, turn, window))
+        taken.append(environments.lesson(goal, token, own, turn, window))
     environment = task.environment
     wide = environments.context_width(environment, sizes.prompt_length, window)
     context, length = _pad([context for context, _ in taken], wide, "a context", "environment.window")

@@ -29,8 +29,10 @@ class Seeds:
         """With `shared`, the warm start is that of the first seed. Raises UserError where the experiment cannot run so."""
         self.seeds, self.shared, self.experiment = seeds, shared, Experiment(config)
         fns, task = self.experiment.fns, self.experiment.task
-        if fns.host is not None or processes.several() or self.experiment.mesh.size > 1:
-            raise UserError("several seeds in one program need one device and no graders on the host; use launch.sweep.")
+        if fns.host is not None or (fns.environment is not None and fns.environment.on_host):
+            raise UserError("several seeds in one program cannot ask graders or games on the host; use launch.sweep.")
+        if processes.several() or self.experiment.mesh.size > 1:
+            raise UserError("several seeds in one program need one device; set CUDA_VISIBLE_DEVICES=0, or use launch.sweep.")
         if self.experiment.folder:
             raise UserError("several seeds in one program start from random weights; use launch.sweep, or set model.source=''.")
         self.knobs = self.experiment.knobs
@@ -105,6 +107,7 @@ def train(config: ConfigDict, workdir: str, count: int, progress: bool = True, *
         raise UserError(f"--count={count} cannot work; set it to 1 or more seeds.")
     claim(workdir, config)
     run = Seeds(config, list(range(config.seed, config.seed + count)), shared)
+    warm_start.check(run.experiment)
     refused = "make room or allow it, and the same command goes on."
     with contextlib.closing(run.experiment), writing(f"workdir={workdir}", refused), Checkpoints(workdir) as checkpoints:
         write_config(workdir, config)

@@ -201,7 +201,8 @@ def of_turns(tree: T.Tree, gamma: float) -> tuple[jax.Array, jax.Array, jax.Arra
     """The turns of the episodes of a tree as steps.
 
     The penalty of an invalid action comes off the step's own return and is not discounted, as in verl-agent's released
-    code, where it is taken off after the returns are made.
+    code, where it is taken off after the returns are made. (Comparisons of whole episodes see all of an episode's penalties,
+    where that code's see the turn's own.)
 
     Args:
       tree: one tree, with turns. gamma: discount a turn.

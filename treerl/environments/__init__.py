@@ -3,9 +3,9 @@
 An environment is an `Environment` of pure functions. Those of JAX run inside the sampler's loop, vmapped over all lines
 of all trees; ordinary Python runs behind the same functions, see `host`. To add one, write a module with
 
-    make(*, seed, train_size, heldout_size, horizon, **options) -> Environment
+    make(*, seed, train_size, heldout_size, horizon=30, my_option=1.0) -> Environment
 
-and name it in NAMES. `household` is the example to start from.
+and name it in NAMES; options have the type of their default. An episode is solved (pass@k) where its rewards sum to 1. `household` is the example to start from.
 """
 import dataclasses
 import importlib

@@ -2,7 +2,7 @@
 
 To add one, write a class of games and a function that makes one, in a module that imports no JAX, and
 
-    make(*, seed, train_size, heldout_size, ...) -> adapt(load, arguments, tokenizer=..., tasks=numbered(...), ...)
+    make(*, seed, train_size, heldout_size, horizon=30, ...) -> adapt(load, arguments, tokenizer=..., tasks=numbered(...), ...)
 
 The state of an episode is its history, so that JAX copies it where a line forks, and every call is a function of its
 arguments. Text is read word by word, in small letters and without the words that the tokenizer lacks, or with its word
