@@ -611,7 +611,7 @@ def test_lines_of_the_sampler_play_games_and_a_fault_ends_one_of_them():
 
 
 def test_a_run_counts_failures_goes_on_and_leaves_no_process(tmp_path, monkeypatch):
-    """Three of eight tasks cannot start; a user's environment is a module and its name in NAMES."""
+    """Three of eight tasks cannot start, nor be shown; a user's environment is a module and its name in NAMES."""
     from agents_test import small
 
     from treerl import metrics, tasks
@@ -627,7 +627,7 @@ def test_a_run_counts_failures_goes_on_and_leaves_no_process(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "treerl.environments.counting", types.SimpleNamespace(make=make))
     before = set(children())
     config = small(
-        "counting", steps=3, evaluation__every=3, environment__horizon=3, branching__rule="stochastic", warm_start__steps=0,
+        "counting", steps=3, evaluation__every=3, environment__horizon=3, environment__memory="reprompt", branching__rule="stochastic",
     )  # fmt: skip
     train(config, str(tmp_path), progress=False)
     lines = metrics.read(tmp_path / "metrics.jsonl")

@@ -54,7 +54,7 @@ def train(config: ConfigDict, workdir: str, progress: bool = True, profile: tupl
 
     Writes config.json, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ and report.html into workdir.
     Lines of metrics.jsonl after the restored checkpoint are dropped and written again, with the
-    same numbers apart from times and games_KIND: how often games on this host failed since the step before, a failure that
+    same numbers apart from times and games_KIND: how often games on this host failed since the line before, a failure that
     came again counted once. With `profile`, (first, last), traces those steps into profile/.
     Called again after its end, it writes the report again. Of several processes each calls this, with a workdir that
     all of them see; the first writes.
@@ -151,7 +151,7 @@ class Run:
         self.experiment, self.workdir, self.checkpoints, self.signals = experiment, workdir, checkpoints, signals
         self.state, self.extra, self.begin = state, extra, begin
         self.done, self.position = int(state.step), int(state.position)
-        self._stream, self._watchdog, self._faults = experiment.stream(), Watchdog(), experiment.faults()
+        self._stream, self._watchdog, self._faults = experiment.stream(), Watchdog(), {}
         self._bar = tqdm(total=experiment.config.steps, initial=self.done, desc="train", disable=not progress)
 
     @contextlib.contextmanager
@@ -198,8 +198,6 @@ class Run:
                 self.stop_if_asked()
             shown = values.pop("samples", None)
             values = jax.device_get(values)
-        before, self._faults = self._faults, self.experiment.faults()
-        values |= {f"games_{kind}": count - before[kind] for kind, count in self._faults.items()}
         self.done, self.position = number, self.position + config.sampler.prompts
         last = number == config.steps
         if shown is not None and processes.is_first() and (number % config.samples_every == 0 or number == 1 or last):
@@ -218,7 +216,9 @@ class Run:
                 self.stop_if_asked(unfinished=values)
             self.extra["after"] = scores
             self._bar.set_postfix({name: format(x, ".3f") for name, x in (values | scores).items() if name in ("reward", "pass@1") and x is not None})
-        values = dict(values, **(scores or {}), seconds=values["seconds"] + time.monotonic() - tick)
+        before, self._faults = self._faults, self.experiment.faults()
+        failed = {f"games_{kind}": count - before.get(kind, 0) for kind, count in self._faults.items()}
+        values = dict(values, **(scores or {}), **failed, seconds=values["seconds"] + time.monotonic() - tick)
         if processes.is_first():
             self._metrics.write(number, values)
             self._events.write(number, events.grouped(values))
