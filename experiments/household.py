@@ -23,7 +23,8 @@ observation alone does not. Dividing by deviations (std=True, gamma=1) ends at 0
 that never succeed, penalties become as loud as success.
 
 Four seeds of one longer run, another warm start (16.2): gigpo 46.7 +- 2.0 after 100 steps and 53.9 +- 1.5 after 140, grpo 42.0 +-
-4.9 and 46.9 +- 5.4. 0.3 s a step and seed, one minute of compilation, one and a half of warm start.
+4.9 and 46.9 +- 5.4. 0.3 s a step and seed, one minute of compilation (with
+XLA_FLAGS=--xla_gpu_autotune_level=0, as the runs of eight seeds had), one and a half of warm start.
 """
 from treerl.config import default, parse_arg
 from treerl.errors import UserError

@@ -3,8 +3,8 @@
 python -m launch.compare --run=GRPO:runs/g0 --run=GRPO:runs/g1 --run=LATR:runs/l0 --run=LATR:runs/l1 --out=curves.svg
     [--metric=pass@1 --metric=novel/pass@1]
 
-A row of curves for every metric, left at equal steps, right at equal sampled tokens. Means and 95% intervals (Student's t over the
-seeds) at the last step, and the last number of tokens, that every run reaches.
+A row of curves for every metric, left at equal steps, right at equal sampled tokens. Means and 95% intervals (Student's t
+over the seeds) at the last step, and the last number of tokens, that every run reaches.
 """
 import itertools
 import json

@@ -193,9 +193,10 @@ def curve(history: list[dict], metric: str) -> np.ndarray:
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean over runs, [n, ...], and half width of its 95% interval by Student's t, nan for a single run."""
-    count = len(values)
-    half = stats.t.ppf(0.975, count - 1) * np.std(values, axis=0, ddof=1) / count**0.5 if count > 1 else np.full(np.shape(values)[1:], np.nan)
-    return np.mean(values, axis=0), half
+    mean, count = np.mean(values, axis=0), len(values)
+    if count < 2:
+        return mean, np.full_like(mean, np.nan)
+    return mean, stats.t.ppf(0.975, count - 1) * np.std(values, axis=0, ddof=1) / count**0.5
 
 
 def mean_curve(curves: list[np.ndarray], axis: int) -> np.ndarray:

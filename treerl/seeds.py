@@ -3,7 +3,6 @@
 Each seed has parameters, order of examples, warm start and random draws of its own, as a run of `train` has; or all go on
 from one warm start. Loops whose length depends on data run until the last seed is done.
 """
-import contextlib
 import functools
 import os
 
@@ -108,8 +107,7 @@ def train(config: ConfigDict, workdir: str, count: int, progress: bool = True, *
     claim(workdir, config)
     run = Seeds(config, list(range(config.seed, config.seed + count)), shared)
     warm_start.check(run.experiment)
-    refused = "make room or allow it, and the same command goes on."
-    with contextlib.closing(run.experiment), writing(f"workdir={workdir}", refused), Checkpoints(workdir) as checkpoints:
+    with writing(f"workdir={workdir}", "make room or allow it, and the same command goes on."), Checkpoints(workdir) as checkpoints:
         write_config(workdir, config)
         restored = checkpoints.restore_latest(abstract(jax.eval_shape(run.start)))
         done, states, extra = restored or (0, None, {})

@@ -5,7 +5,8 @@ of all trees; ordinary Python runs behind the same functions, see `host`. To add
 
     make(*, seed, train_size, heldout_size, horizon=30, my_option=1.0) -> Environment
 
-and name it in NAMES; options have the type of their default. An episode is solved (pass@k) where its rewards sum to 1. `household` is the example to start from.
+and name it in NAMES; options have the type of their default. An episode is solved (pass@k) where its rewards sum to 1.
+`household` is the example to start from.
 """
 import dataclasses
 import importlib
