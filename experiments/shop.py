@@ -2,6 +2,19 @@
 
     python -m launch.seeds --config=experiments/shop.py:hgpo --workdir=runs/shop_hgpo --count=8
     python -m launch.train --config=experiments/shop.py:cpu --workdir=runs/shop    # one seed, sized for two CPU cores
+
+0.8M parameters, 64 tasks x 8 episodes a step. Success (everything that was asked for, reward 1) in percent on 256 held-out tasks
+x 4 episodes, and on as many in a shop of other products ("novel"); mean and 95% interval (Student's t) of seeds 0 to 3, which went
+on from one warm start (39.4, novel 16.4), one H100, compiled with XLA_FLAGS=--xla_gpu_autotune_level=0:
+
+             20 steps       40 steps       60 steps       100 steps      novel: 20 steps    100 steps
+    hgpo     84.2 +- 1.4    95.4 +- 1.5    97.5 +- 0.4    98.4 +- 0.4    29.2 +- 2.2        31.8 +- 2.4
+    gigpo    84.6 +- 1.0    95.1 +- 0.8    97.5 +- 0.5    98.4 +- 0.4    29.3 +- 1.5        32.3 +- 0.8
+    grpo     80.3 +- 1.2    93.1 +- 0.9    96.3 +- 0.2    97.9 +- 0.9    29.5 +- 1.3        31.5 +- 3.2
+
+Credit of turns learns faster than that of episodes; which of hgpo and gigpo makes no difference here. In the shop of other products
+all gain in the first 20 steps what there is to gain: 256 products are few enough to be known by heart, and that does not carry over.
+All three runs side by side on one device took 400 s.
 """
 from treerl.config import default, parse_arg
 from treerl.errors import UserError
@@ -15,7 +28,7 @@ def get_config(arg: str | None = None):
     if given["variant"] not in VARIANTS:
         raise UserError(f"variant={given['variant']!r} is unknown; known are {', '.join(VARIANTS)}.")
     config = default()
-    config.seed, config.steps = given["seed"], 200
+    config.seed, config.steps = given["seed"], 100
     config.task.update(name="shop", train_size=3584, heldout_size=256)
     config.environment.update(anchor="observation", invalid_penalty=0.02)
     config.sampler.update(prompts=64, slots=8, prompt_length=9, answer_length=192, segment=8)

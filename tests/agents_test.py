@@ -1,6 +1,7 @@
 """Agents from the config to the update: the step on the device, what is learnt from, evaluation, several seeds."""
 import functools
 import os
+import signal
 import sys
 
 import jax
@@ -19,6 +20,7 @@ from treerl.config import default
 from treerl.errors import UserError
 from treerl.experiment import Experiment
 from treerl.seeds import Seeds
+from treerl.supervision import Interrupted
 from treerl.train import train
 from treerl.types import Cells
 
@@ -282,6 +284,15 @@ def test_a_run_is_evaluated_on_both_distributions(tmp_path):
     assert "held-out tasks of another distribution" in page and "invalid actions" in page
 
 
+def test_a_tree_is_shown_below_what_the_agent_saw_first():
+    own = experiment()
+    example = own.task.heldout[0]
+    goal, data = own.task.encode(example)[0], own.task.encode(example).data
+    _, seen = own.task.environment.reset(jax.random.key(0), data)
+    text = own.read_text(own.grow(own.init(0), [example], step=0), 0)
+    assert text == own.task.tokenizer.decode_prompt([*goal, *(int(t) for t in seen if t)]) != own.prompt_text(example)
+
+
 RUN = dict(steps=3, evaluation__every=2, checkpoint_every=1)
 
 
@@ -321,18 +332,28 @@ def test_a_shared_warm_start_is_that_of_the_first_seed():
 
 
 def test_seeds_go_on_after_a_stop(two, tmp_path, monkeypatch):
+    """After a signal, which saves, and after an end without one."""
     folder, found = two
-    step = Seeds.step
+    step, rare = Seeds.step, small(**dict(RUN, checkpoint_every=10))
+    saved = lambda: {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
 
     def stops(self, states, number):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         if number == 3:
             raise KeyboardInterrupt
         return step(self, states, number)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Seeds, "step", stops)
-        seeds.train(small(**RUN), str(tmp_path), 2, progress=False)
-    assert not (tmp_path / "checkpoints" / "3").exists()
+        with pytest.raises(Interrupted, match="SIGTERM: stopped after step 1 of 3;"):
+            seeds.train(rare, str(tmp_path), 2, progress=False)
+        assert "1" in saved()
+        with pytest.raises(KeyboardInterrupt):
+            seeds.train(rare, str(tmp_path), 2, progress=False)
+    assert not saved() & {"2", "3"}
+    with pytest.raises(UserError, match="has a run of 2 seeds; give --count=2"):
+        seeds.train(rare, str(tmp_path), 1, progress=False)
     for _ in range(2):  # a run that is done does nothing more
         assert seeds.train(small(**RUN), str(tmp_path), 2, progress=False) == found
         for name in ("seed0", "seed1"):

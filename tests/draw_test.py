@@ -75,6 +75,15 @@ def test_format_tree_prints_forks_prunes_rewards_and_advantages():
     ])  # fmt: skip
 
 
+def test_what_is_right_is_the_task_s():
+    tree, reward, advantage = hand_built_tree()
+    for right, marks in ((0.5, "✓✗✗"), (0.05, "✓✗✓"), (1.0, "✗✗✗")):
+        given = dict(reward=reward, advantage=advantage, right=right)
+        for text in (draw.format_tree(tree, to_text, **given), draw.draw_tree(tree, to_text, **given)):
+            assert "".join(c for c in text if c in "✓✗") == marks
+        assert sorted(c for c in draw.format_leaves(tree, to_text, **given) if c in "✓✗") == sorted(marks)
+
+
 def test_ends_that_are_not_leaves():
     tree, reward, advantage = hand_built_tree()
     tree.leaf[:] = -1

@@ -148,12 +148,12 @@ def test_numbers_of_trees_by_hand():
         entropy=jnp.array([[1, nan, nan], [0, nan, nan]]), end=jnp.int8([[0, 0, 0], [T.TRUNCATED, 0, 0]]),
     )  # fmt: skip
     tree = jax.tree.map(lambda *x: jnp.stack(x), forked, line)
-    reward = jnp.array([[1.0, 0.0, 0.5], [0.0, nan, nan]])
+    reward = jnp.array([[1.0, 0.0, 0.5], [0.5, nan, nan]])
     count = lambda *x: jnp.array(x, jnp.int32)
     stats = Stats(sampled=count(6, 2), forks=count(1, 0), restarts=count(0, 1), pruned=count(3, 0), iterations=count(2, 2))
-    found = jax.device_get(metrics.describe(tree, reward, stats))
+    found = jax.device_get(metrics.describe(tree, reward, stats, 0.5))
     wanted = dict(
-        reward=1.5 / 4, solved=1 / 2, leaves=4 / 2, length=2, truncated=1 / 4, entropy=7 / 7, depth=(2 + 2 + 1 + 0) / 4,
+        reward=2 / 4, solved=1 / 2, leaves=4 / 2, length=2, truncated=1 / 4, entropy=7 / 7, depth=(2 + 2 + 1 + 0) / 4,
         unique_tokens=7 / 8, forced_tokens=2 / 7, forks=1 / 2, restarts=1 / 2, pruned=3 / 2, sampled_tokens=8,
     )  # fmt: skip
     assert found.keys() == wanted.keys()

@@ -148,3 +148,6 @@ def test_means_reach_as_far_as_every_run():
 def test_a_metric_that_was_not_measured_is_named(tmp_path):
     with pytest.raises(UserError, match="metric 'pass@3' was not measured in these runs; known are pass@1."):
         report.compare(tmp_path / "c.svg", {"a": [history([0.1], 1)]}, ("pass@3",))
+    late = {"a": [history([0.1, 0.2], 10)], "b": [history([0.3], 10, every=8)]}
+    with pytest.raises(UserError, match="metric 'pass@1' of b is first measured after 4 steps, where another run ends; train that one"):
+        report.compare(tmp_path / "c.svg", late)

@@ -303,8 +303,8 @@ def test_a_workdir_of_another_experiment_is_refused(runs, tmp_path):
     assert not workdir.exists()  # it only looks
     write_config(str(workdir), config)
     written = (workdir / "config.json").read_text()
-    config.mesh.data = 1
-    claim(str(workdir), config)  # other devices are the same experiment
+    config.mesh.data, config.environment.options = 1, ConfigDict({"workers": 7})
+    claim(str(workdir), config)  # other devices, and more processes that play games, are the same experiment
     config.branching.tau_abs = 0.5
     with pytest.raises(ValueError) as error:
         claim(str(workdir), config)

@@ -9,7 +9,6 @@ import numpy as np
 
 from treerl.tree import CUT, DROPPED, FINISHED, FORCED, PRUNED, RUNNING, SIMILAR, TRUNCATED
 
-CORRECT = 0.5  # rewards from here on are shown as right answers
 TEXT_LIMIT = 100  # characters of one node; the middle of a longer text is left out
 WIDTH_LIMIT = 1600  # pixels; in a wider tree chains of tokens become one box each
 ENDS = {
@@ -18,7 +17,7 @@ ENDS = {
 }  # fmt: skip
 
 
-def format_tree(tree, tokens_to_text, *, reward, advantage) -> str:
+def format_tree(tree, tokens_to_text, *, reward, advantage, right: float = 0.5) -> str:
     """Prints one tree as indented text, a line for every chain of tokens between two forks.
 
         prompt
@@ -38,6 +37,7 @@ def format_tree(tree, tokens_to_text, *, reward, advantage) -> str:
         tokens_to_text: function from a list of token ids to their text.
         reward: [L] float, of each leaf.
         advantage: [S, K] float, of each cell.
+        right: rewards above it get a ✓.
 
     Returns:
         The text, without a newline at its end.
@@ -45,7 +45,7 @@ def format_tree(tree, tokens_to_text, *, reward, advantage) -> str:
     Raises:
         ValueError: reward or advantage has another shape.
     """
-    view = _view(tree, reward, advantage)
+    view = _view(tree, reward, advantage, right)
     lines, shown = ["prompt"], 0
     children = view.children
     stack = [(cell, "", cell == children[None][-1]) for cell in reversed(children.get(None, []))]
@@ -55,7 +55,7 @@ def format_tree(tree, tokens_to_text, *, reward, advantage) -> str:
         shown += len(chain)
         below = children.get(chain[-1], [])
         text = _chain_text(view, chain, tokens_to_text)
-        outcome = _outcome(int(view.end[chain[-1]]), view.rewards.get(chain[-1]), bool(below))
+        outcome = _outcome(int(view.end[chain[-1]]), view.rewards.get(chain[-1]), view.right, bool(below))
         lines.append(f"{indent}{'└─' if last else '├─'} {text}{outcome}")
         indent += "   " if last else "│  "
         stack += [(child, indent, child == below[-1]) for child in reversed(below)]
@@ -76,6 +76,7 @@ class _View(NamedTuple):
     logp_policy: np.ndarray
     advantage: np.ndarray  # [S, K]
     rewards: dict  # cell (row, column) of each leaf -> its reward
+    right: float  # rewards above it are marked as right
     children: dict  # cell, or None for the prompt -> its used children, by column
 
     def kept(self) -> set:
@@ -88,7 +89,7 @@ class _View(NamedTuple):
         return found
 
 
-def _view(tree, reward, advantage) -> _View:
+def _view(tree, reward, advantage, right: float) -> _View:
     fields = {name: np.asarray(getattr(tree, name)) for name in _View._fields[:7]}
     used, parent = fields["used"], fields["parent"]
     leaf, reward, advantage = (np.asarray(x) for x in (tree.leaf, reward, advantage))
@@ -100,7 +101,7 @@ def _view(tree, reward, advantage) -> _View:
     for s, k in np.argwhere(used).tolist():
         above = None if s == 0 else (s - 1, int(parent[s, k]))
         children.setdefault(above, []).append((s, k))
-    return _View(**fields, advantage=advantage, rewards=rewards, children=children)
+    return _View(**fields, advantage=advantage, rewards=rewards, right=right, children=children)
 
 
 def _chain(cell, view: _View) -> list:
@@ -122,7 +123,7 @@ def _chain_text(view: _View, chain, tokens_to_text) -> str:
     return f"{star}{json.dumps(text, ensure_ascii=False)} p={probability:.2f} A={credit:+.2f}"
 
 
-def _outcome(end: int, reward, has_children: bool) -> str:
+def _outcome(end: int, reward, right: float, has_children: bool) -> str:
     """What became of a line, such as ' ✓ 1.0'; '' where it forks."""
     words = []
     if end in (TRUNCATED, CUT) or end >= PRUNED:
@@ -132,7 +133,7 @@ def _outcome(end: int, reward, has_children: bool) -> str:
     elif end == FINISHED and reward is None:
         words.append("finished, not graded")
     if reward is not None:
-        words.append(f"{_mark(reward)} {_number(reward)}")
+        words.append(f"{_mark(reward, right)} {_number(reward)}")
     return "".join(f" {word}" for word in words)
 
 
@@ -140,20 +141,20 @@ def _end_name(end: int) -> str:
     return ENDS.get(end, "pruned")
 
 
-def _mark(reward: float) -> str:
-    return "✓" if reward >= CORRECT else "✗"
+def _mark(reward: float, right: float) -> str:
+    return "✓" if reward > right else "✗"
 
 
 def _number(reward: float) -> str:
     return f"{reward:.1f}" if reward % 1 == 0 else f"{reward:.3g}"
 
 
-def format_leaves(tree, tokens_to_text, *, reward, advantage) -> str:
+def format_leaves(tree, tokens_to_text, *, reward, advantage, right: float = 0.5) -> str:
     """Prints a line for every leaf of one tree: reward, advantage, how it ended, and its text.
 
     Takes what `format_tree` takes; the advantage is that of the leaf's own cell.
     """
-    view = _view(tree, reward, advantage)
+    view = _view(tree, reward, advantage, right)
     rows = [("reward", "advantage", "end", "text")]
     for cell in sorted(view.rewards, key=lambda cell: cell[::-1]):  # by column
         path = [cell]
@@ -161,7 +162,7 @@ def format_leaves(tree, tokens_to_text, *, reward, advantage) -> str:
             path.append((path[-1][0] - 1, int(view.parent[path[-1]])))
         text = tokens_to_text([int(view.token[c]) for c in path[::-1]])
         rows.append((
-            f"{_mark(view.rewards[cell])} {_number(view.rewards[cell])}", f"{view.advantage[cell]:+.2f}",
+            f"{_mark(view.rewards[cell], view.right)} {_number(view.rewards[cell])}", f"{view.advantage[cell]:+.2f}",
             _end_name(int(view.end[cell])), json.dumps(text, ensure_ascii=False),
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in list(zip(*rows))[:3]]
@@ -185,7 +186,7 @@ _STYLE = (
 )
 
 
-def draw_tree(tree, tokens_to_text, *, reward, advantage, title: str = "") -> str:
+def draw_tree(tree, tokens_to_text, *, reward, advantage, right: float = 0.5, title: str = "") -> str:
     """Draws one tree as an SVG: depth from left to right, a box for every token, a lane for every line.
 
     Colour is advantage: blue above zero, orange below, as strong as in the largest of the tree. A
@@ -197,7 +198,7 @@ def draw_tree(tree, tokens_to_text, *, reward, advantage, title: str = "") -> st
     Show it in a notebook with IPython.display.HTML; it needs nothing beside it.
 
     Args:
-        tree, tokens_to_text, reward, advantage: as `format_tree` takes them.
+        tree, tokens_to_text, reward, advantage, right: as `format_tree` takes them.
         title: any text, such as the prompt's.
 
     Returns:
@@ -206,11 +207,11 @@ def draw_tree(tree, tokens_to_text, *, reward, advantage, title: str = "") -> st
     Raises:
         ValueError: reward or advantage has another shape.
     """
-    view = _view(tree, reward, advantage)
+    view = _view(tree, reward, advantage, right)
     for collapse in (False, True):
         boxes = _boxes(view, tokens_to_text, collapse)
-        right = max([box.x + box.width for box in boxes], default=0)
-        if right <= WIDTH_LIMIT:
+        edge = max([box.x + box.width for box in boxes], default=0)
+        if edge <= WIDTH_LIMIT:
             break
     kept = view.kept()
     top = max([abs(float(view.advantage[c])) for c in kept if np.isfinite(view.advantage[c])], default=0.0)
@@ -219,12 +220,12 @@ def draw_tree(tree, tokens_to_text, *, reward, advantage, title: str = "") -> st
     y = lambda lane: head + lane * LANE + CHIP / 2
     lanes = 1 + max([box.lane for box in boxes], default=0)
     edges, chips, labels = [], [], []
-    width = max(right + MARGIN, 660)  # of the legend, at least
+    width = max(edge + MARGIN, 660)  # of the legend, at least
     for box in boxes:
         last, alive = box.cells[-1], box.cells[0] in kept
         edges.append(_edge(box, y, "edge" if alive else "edge gone"))
         chips.append(_chip(box, y(box.lane), view, alive, top))
-        outcome = _outcome(int(view.end[last]), view.rewards.get(last), box.children).strip()
+        outcome = _outcome(int(view.end[last]), view.rewards.get(last), view.right, box.children).strip()
         if outcome:
             kind, x = "quiet", box.x + box.width + LABEL
             if last in view.rewards:

@@ -30,6 +30,8 @@ class Grown(NamedTuple):
     advantage: np.ndarray  # [B, S, K] float32; of leaf credit, the mean over the leaves below a cell
     forks: np.ndarray  # [B] int32
     pruned: np.ndarray  # [B] int32
+    prompt: np.ndarray  # [B, P] int32, as the policy read it: in an environment, with the first observation
+    length: np.ndarray  # [B] int32, of the prompt
 
 
 class Experiment:
@@ -247,7 +249,7 @@ class Experiment:
     def summarise(self, found: dict) -> dict:
         """Scores, as of `evaluate`, of numpy arrays [N, n] of samples: valid, reward, answer, parts and perhaps score."""
         n, acts = found["reward"].shape[1], self.fns.environment is not None
-        right, names = found["reward"] > (0.999 if acts else 0.5), self.fns.host.names if self.fns.host is not None else ()
+        right, names = found["reward"] > self.task.right, self.fns.host.names if self.fns.host is not None else ()
         if self.config.text.right and names:
             right = found["parts"][..., names.index(self.config.text.right)] > 0.5
         powers = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
@@ -273,9 +275,9 @@ class Experiment:
         sampled = self._grow(state, prompts, jax.random.key(seed), jnp.int32(step), self.knobs)
         graded = self.grade(sampled.tree, prompts)
         found = self._credit(state, sampled, graded, self.knobs)
-        every = self._gather((sampled.tree, graded.reward, found, sampled.stats))
-        tree, reward, advantage, stats = jax.device_get(every)
-        return jax.tree.map(lambda x: x[: len(examples)], Grown(tree, reward, advantage, stats.forks, stats.pruned))
+        stats, read = sampled.stats, sampled.prompts
+        every = self._gather(Grown(sampled.tree, graded.reward, found, stats.forks, stats.pruned, read.token, read.length))
+        return jax.tree.map(lambda x: x[: len(examples)], jax.device_get(every))
 
     def export(self, state, folder: str, *, dtype: str | None = None) -> None:
         """Writes the policy as a model in Hugging Face's format, adapters merged; see `weights.save`."""
@@ -303,9 +305,13 @@ class Experiment:
             )
         return example
 
+    def read_text(self, grown: Grown, i: int) -> str:
+        """What the model read before tree i."""
+        return self.task.tokenizer.decode_prompt(grown.prompt[i, : grown.length[i]])
+
     def tree_text(self, grown: Grown, i: int) -> str:
         """Tree i as text: its forks and its leaves."""
-        view = dict(reward=grown.reward[i], advantage=grown.advantage[i])
+        view = dict(reward=grown.reward[i], advantage=grown.advantage[i], right=self.task.right)
         tree, decode = jax.tree.map(lambda x: x[i], grown.tree), self.task.tokenizer.decode
         return draw.format_tree(tree, decode, **view) + "\n\n" + draw.format_leaves(tree, decode, **view)
 

@@ -92,6 +92,7 @@ class Fns(NamedTuple):
     fork_at: str = "token"
     window: int | None = None  # turns that an agent with a short memory reads, see `treerl.reprompt`; None: all
     host: HostGraders | None = None  # graders of text, which run on the host, instead of `grader`
+    right: float = 0.5  # rewards above it count as right
 
 
 def make_advantage(config) -> Advantage:
@@ -369,6 +370,7 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None, folder: str | No
         quality=quality,
         grader=task.grade,
         host=task.host,
+        right=task.right,
         environment=task.environment,
         anchor=config.environment.anchor,
         fork_at=b.at,

@@ -148,11 +148,11 @@ def _is_float(dtype) -> bool:
     return np.issubdtype(dtype, np.floating) or dtype.name.startswith(("bfloat", "float"))
 
 
-def describe(tree: T.Tree, reward: jax.Array, stats) -> dict:
+def describe(tree: T.Tree, reward: jax.Array, stats, right: float) -> dict:
     """Numbers of a batch of graded trees, means over trees or leaves; traceable.
 
     Args:
-      tree: batched. reward: [B, L]. stats: `sampler.Stats`.
+      tree: batched. reward: [B, L]. stats: `sampler.Stats`. right: rewards above it count as right.
     """
     valid = jax.vmap(T.leaf_valid)(tree)
     kept = jax.vmap(T.kept)(tree)
@@ -166,7 +166,7 @@ def describe(tree: T.Tree, reward: jax.Array, stats) -> dict:
         )
     return dict(
         reward=masked.mean(reward, valid),
-        solved=jnp.mean(jnp.any(valid & (reward > 0), axis=1)),
+        solved=jnp.mean(jnp.any(valid & (reward > right), axis=1)),
         leaves=jnp.mean(jnp.sum(valid, axis=1)),
         length=masked.mean(jax.vmap(T.leaf_length)(tree), valid),
         truncated=jnp.sum(tree.end == T.TRUNCATED) / jnp.maximum(jnp.sum(valid), 1),

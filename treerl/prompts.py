@@ -68,6 +68,17 @@ def encode_lessons(task: Task, examples: list[dict], index: np.ndarray, sizes, w
     return prompts.replace(token=context, length=length), token, said, own
 
 
+def check(task: Task, stream: "Stream", count: int, sizes) -> None:
+    """Raises UserError if one of the first `count` prompts of a stream does not fit, as far as `Task.few` lets it look.
+
+    Such a prompt would end the run when its turn comes, and the run's folder keeps sampler.prompt_length.
+    """
+    count = min(count, len(task.train), task.few or count)
+    for start in range(0, count, sizes.prompts):
+        examples, index = stream.examples(start, min(sizes.prompts, count - start))
+        encode(task, examples, index, sizes.prompt_length)
+
+
 class Stream:
     """Endless batches of examples; batch n depends on (seed, position) alone.
 

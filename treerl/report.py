@@ -222,6 +222,9 @@ def compare(path, runs: dict[str, list[list[dict]]], metrics: tuple[str, ...] = 
     Returns:
       metric -> name -> [2, 3]: (x, mean, half width of the 95% interval) at the end that all kinds reach, of steps and of
       tokens.
+
+    Raises:
+      UserError: a run has not measured a metric, or begins to after another ends.
     """
     found = {metric: {name: [] for name in runs} for metric in metrics}
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "treerl"}):
@@ -230,6 +233,11 @@ def compare(path, runs: dict[str, list[list[dict]]], metrics: tuple[str, ...] = 
             curves = {name: [curve(history, metric) for history in histories] for name, histories in runs.items()}
             for axis, (place, label) in enumerate(zip(places, ("steps", "tokens sampled"))):
                 shared = min(c[-1, axis] for own in curves.values() for c in own)
+                if late := [name for name, own in curves.items() for c in own if c[0, axis] > shared]:
+                    raise UserError(
+                        f"metric {metric!r} of {late[0]} is first measured after {shared:.0f} {label}, where another run ends; "
+                        "train that one longer, or leave one of them out."
+                    )
                 for name, own in curves.items():
                     x, mean, half = mean_curve(own, axis).T
                     place.plot(x, mean, label=f"{name}, {len(own)} seeds" if len(own) > 1 else name)

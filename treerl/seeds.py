@@ -9,6 +9,7 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ from treerl import step as S
 from treerl.checkpoint import Checkpoints, abstract
 from treerl.errors import UserError, writing
 from treerl.experiment import Experiment, named
+from treerl.supervision import Interrupted, Signals
 from treerl.workdir import claim, write_config
 
 
@@ -43,7 +45,7 @@ class Seeds:
             return dict(known, reward=graded.reward, answer=graded.key, parts=graded.parts)
 
         self._sample = jax.jit(jax.vmap(sample, in_axes=(0, 0, None, None, None)))
-        self._streams = [P.Stream(task.train, seed) for seed in seeds]
+        self.streams = [P.Stream(task.train, seed) for seed in seeds]
 
     def start(self):
         """The states before anything is learnt."""
@@ -78,7 +80,7 @@ class Seeds:
         """Update number `number`, from 1: (states, metrics [N])."""
         size, task = self.experiment.config.sampler, self.experiment.task
         encode = lambda examples, index: P.encode(task, examples, index, size.prompt_length)
-        prompts = self._encode(encode, self._streams, (number - 1) * size.prompts, size.prompts)
+        prompts = self._encode(encode, self.streams, (number - 1) * size.prompts, size.prompts)
         states, values = self._step(states, prompts, self.knobs)
         values.pop("samples", None)
         return states, jax.device_get(values)
@@ -97,25 +99,41 @@ def train(config: ConfigDict, workdir: str, count: int, progress: bool = True, *
     """Trains seeds config.seed, config.seed + 1, ... side by side, from the last checkpoint if there is one.
 
     Writes workdir/seedN/metrics.jsonl, as `train.train` does and with a line of step 0 for the scores before, and
-    checkpoints of all seeds together. With `shared`, all seeds go on from the warm start of the first.
+    checkpoints of all seeds together; no samples, no report. With `shared`, all seeds go on from the warm start of the
+    first. However many updates of a seed are skipped, see its metric `skipped`, the others go on. The first SIGINT or
+    SIGTERM lets the step under way end and saves; before the first step there is nothing to save.
 
     Returns:
       name -> (mean, half width of the 95% interval by Student's t) over the seeds, of the scores at the end.
+
+    Raises:
+      UserError: the workdir has other seeds, or the experiment cannot run so. Interrupted: by a signal, after saving.
     """
     if count < 1:
         raise UserError(f"--count={count} cannot work; set it to 1 or more seeds.")
     claim(workdir, config)
-    run = Seeds(config, list(range(config.seed, config.seed + count)), shared)
+    there = len(list(epath.Path(workdir).glob("seed*/metrics.jsonl")))
+    if there not in (0, count):
+        raise UserError(f"workdir={workdir} has a run of {there} seeds; give --count={there}, or another --workdir.")
+    with Signals() as signals:
+        return _train(config, workdir, Seeds(config, list(range(config.seed, config.seed + count)), shared), progress, signals)
+
+
+def _train(config: ConfigDict, workdir: str, run: Seeds, progress: bool, signals: Signals) -> dict:
     warm_start.check(run.experiment)
-    with writing(f"workdir={workdir}", "make room or allow it, and the same command goes on."), Checkpoints(workdir) as checkpoints:
+    for stream in run.streams:
+        P.check(run.experiment.task, stream, config.steps * config.sampler.prompts, config.sampler)
+    keep = dict(keep=config.checkpoint_keep, keep_every=config.checkpoint_keep_every)
+    with writing(f"workdir={workdir}", "make room or allow it, and the same command goes on."), Checkpoints(workdir, **keep) as checkpoints:
         write_config(workdir, config)
         restored = checkpoints.restore_latest(abstract(jax.eval_shape(run.start)))
         done, states, extra = restored or (0, None, {})
         path = lambda seed: os.path.join(workdir, f"seed{seed}", "metrics.jsonl")
         files = [metrics.MetricsFile(path(seed), done if restored else -1) for seed in run.seeds]
         if states is None:
-            states = run.warm_start(run.start(), progress)
-            scores = run.evaluate(states)
+            with signals.nothing_to_lose("stopped before the first step; the same command starts again."):
+                states = run.warm_start(run.start(), progress)
+                scores = run.evaluate(states)
             for file, own in zip(files, scores):
                 file.write(0, own)
             checkpoints.save(0, states, extra=dict(scores=scores))
@@ -130,8 +148,14 @@ def train(config: ConfigDict, workdir: str, count: int, progress: bool = True, *
                 file.write(number, {k: v[i] for k, v in values.items()} | (scores[i] if measured else {}))
             if measured:
                 bar.set_postfix({k: f"{np.mean([own[k] for own in scores]):.3f}" for k in scores[0] if k.endswith("pass@1")})
-            if number % config.checkpoint_every == 0 or number == config.steps:
+            asked = signals.asked()
+            if asked or number % config.checkpoint_every == 0 or number == config.steps:
                 checkpoints.save(number, states, extra=dict(scores=scores))
+            if asked and number < config.steps:
+                raise Interrupted(
+                    f"{asked}: stopped after step {number} of {config.steps}; {workdir}/checkpoints holds it, and the same "
+                    "command goes on from there."
+                )
         for file in files:
             file.close()
     found = {k: report.interval(np.array([own[k] for own in scores])) for k in scores[0]}

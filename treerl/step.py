@@ -444,7 +444,7 @@ def learn_half(
         quality, more = learn_quality(fns, state.quality, seen, tree, reward, knobs)
         state, metrics = state.replace(quality=quality), metrics | more
     state = state.replace(step=state.step + 1, position=state.position + prompts.token.shape[0], memory=memory)
-    metrics |= dict(ess=ess, **describe(tree, reward, stats), **describe_host(fns, tree, graded))
+    metrics |= dict(ess=ess, **describe(tree, reward, stats, fns.right), **describe_host(fns, tree, graded))
     if fns.sizes.shown:
         metrics["samples"] = show(drawn, prompts, graded, fns.sizes.shown)
     return state, metrics

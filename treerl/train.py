@@ -25,20 +25,11 @@ REFUSED = "make room or allow it, and the same command goes on from the last che
 
 
 def check_start(experiment: Experiment) -> None:
-    """Raises UserError where what a new run will read cannot work: published weights, and every prompt up to its end.
-
-    A prompt that is too long would end the run when its turn comes, and its workdir keeps sampler.prompt_length.
-    """
+    """Raises UserError where what a new run will read cannot work: published weights, and every prompt up to its end."""
     if experiment.folder:
         weights.check(experiment.folder, experiment.fns.model.plain)
-    config, stream = experiment.config, experiment.stream()
-    count, batch = min(config.steps * config.sampler.prompts, len(experiment.task.train)), config.sampler.prompts
-    environment = experiment.task.environment
-    if config.task.name == "reasoning_gym" or (environment is not None and environment.on_host):  # made when asked for
-        count = min(count, 256 if environment is None else batch)
-    for start in range(0, count, batch):
-        examples, index = stream.examples(start, min(batch, count - start))
-        P.encode(experiment.task, examples, index, config.sampler.prompt_length)
+    config = experiment.config
+    P.check(experiment.task, experiment.stream(), config.steps * config.sampler.prompts, config.sampler)
 
 
 def compile_step(experiment: Experiment, tell: bool) -> None:
@@ -262,7 +253,7 @@ def example_trees(experiment: Experiment, state, count: int = 16, shown: int = 4
     examples = [heldout[i] for i in range(min(count, len(heldout)))]
     grown = experiment.grow(state, examples, step=int(state.step))
     valid = grown.tree.leaf[..., 0] >= 0
-    right = np.sum(valid & (grown.reward >= draw.CORRECT), axis=1)
+    right = np.sum(valid & (grown.reward > experiment.task.right), axis=1)
     mean = masked.mean(grown.reward, valid, axis=1)
     contrast = masked.total((grown.reward - mean[:, None]) ** 2, valid, axis=1)
     busy = (grown.forks + grown.pruned) / (1 + np.max(grown.forks + grown.pruned))  # decides among equals
@@ -273,10 +264,9 @@ def example_trees(experiment: Experiment, state, count: int = 16, shown: int = 4
         picks += [i for i in ranked.tolist() if i not in picks][:1]
     result = []
     for i in picks:
-        example = examples[i]
-        tree, text = jax.tree.map(lambda x: x[i], grown.tree), experiment.prompt_text(example)
+        tree, text = jax.tree.map(lambda x: x[i], grown.tree), experiment.read_text(grown, i)
         svg = draw.draw_tree(
-            tree, experiment.task.tokenizer.decode, reward=grown.reward[i], advantage=grown.advantage[i], title=text
+            tree, experiment.task.tokenizer.decode, reward=grown.reward[i], advantage=grown.advantage[i], right=experiment.task.right, title=text
         )
         caption = f"{right[i]} of {valid[i].sum()} leaves right; forks: {grown.forks[i]}; pruned: {grown.pruned[i]}."
         result.append((caption, svg, text + "\n" + experiment.tree_text(grown, i)))

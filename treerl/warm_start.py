@@ -34,12 +34,10 @@ def check(experiment: Experiment) -> None:
             f"warm_start.batch={config.warm_start.batch} does not divide over mesh.data x mesh.fsdp = {shards} shards; "
             "make it a multiple."
         )
-    examples, environment = first_examples(experiment), experiment.task.environment
-    if environment is not None and environment.on_host:  # games are made when they are asked for
-        examples = examples[: config.warm_start.batch]
-    P.encode(experiment.task, examples, np.arange(len(examples)), config.sampler.prompt_length)
-    if environment is None:  # episodes are cut
-        P.encode_answers(experiment.task, examples, config.sampler.answer_length)
+    examples, task = first_examples(experiment)[: experiment.task.few], experiment.task
+    P.encode(task, examples, np.arange(len(examples)), config.sampler.prompt_length)
+    if task.environment is None:  # episodes are cut
+        P.encode_answers(task, examples, config.sampler.answer_length)
 
 
 def folder_of(workdir: str) -> str:

@@ -12,8 +12,8 @@ from treerl.files import write_text
 def claim(workdir: str, config: ConfigDict) -> None:
     """Checks that a workdir is new, or has a config.json with the same fields; writes nothing.
 
-    Devices, folders of data, where and by how many processes answers are graded, learner.max_skipped, samples_every
-    and which checkpoints are kept may differ, and so may `steps` without a schedule over them.
+    Devices, folders of data, where and by how many processes answers are graded or games played, learner.max_skipped,
+    samples_every and which checkpoints are kept may differ, and so may `steps` without a schedule over them.
 
     Raises:
       UserError: the workdir belongs to another experiment; names the first field that differs.
@@ -22,6 +22,7 @@ def claim(workdir: str, config: ConfigDict) -> None:
         return
     old, new = dict(fields(read_config(workdir))), dict(fields(json.loads(config.to_json_best_effort())))
     free = ("mesh.", "data_dir", "learner.max_skipped", "samples_every", "checkpoint_", "text.workers", "text.grading")
+    free += tuple(f"environment.options.{name}" for name in ("workers", "live", "seconds", "folder"))
     free += ("steps",) if config.optimizer.schedule == "constant" else ()
     for name in sorted(old | new):
         if not name.startswith(free) and old.get(name) != new.get(name):

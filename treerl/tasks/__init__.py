@@ -64,6 +64,8 @@ class Task:
     demonstrate: Callable[[dict], tuple[np.ndarray, np.ndarray]] | None = None  # an episode to learn from: its tokens
     #             [n], observations included, and which of them are the agent's
     novel: Sequence[dict[str, Any]] | None = None  # held-out examples of another distribution
+    right: float = 0.5  # rewards above it count as right: pass@k, metric `solved`, pictures
+    few: int | None = None  # examples that a new run's check reads, where they are made when asked for; None: all it will use
 
 
 def make(

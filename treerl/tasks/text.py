@@ -46,6 +46,7 @@ def make(task: ConfigDict, text: ConfigDict, data_dir: str, tokenizer: CharToken
         grade=None,
         host=HostGraders(graders.names, graders.weights, room.grade, room.key),
         parse=parse,
+        few=256 if task.name == "reasoning_gym" else None,
     )
 
 
