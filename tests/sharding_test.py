@@ -104,7 +104,7 @@ class Tiny:
 def with_trees():
     """Has the step return its trees and rewards beside its metrics."""
     original = S.describe
-    more = lambda tree, reward, stats: dict(original(tree, reward, stats), tree=tree, graded=reward)
+    more = lambda tree, reward, stats, right: dict(original(tree, reward, stats, right), tree=tree, graded=reward)
     return mock.patch.object(S, "describe", more)
 
 

@@ -20,9 +20,11 @@ def claim(workdir: str, config: ConfigDict) -> None:
     """
     if not has_config(workdir):
         return
-    old, new = dict(fields(read_config(workdir))), dict(fields(json.loads(config.to_json_best_effort())))
+    old, new = (dict(fields(read)) for read in (read_config(workdir), json.loads(config.to_json_best_effort())))
+    for found in (old, new):
+        options = found.get("environment.options") or {}
+        found["environment.options"] = {k: v for k, v in options.items() if k not in ("workers", "live", "seconds", "folder")}
     free = ("mesh.", "data_dir", "learner.max_skipped", "samples_every", "checkpoint_", "text.workers", "text.grading")
-    free += tuple(f"environment.options.{name}" for name in ("workers", "live", "seconds", "folder"))
     free += ("steps",) if config.optimizer.schedule == "constant" else ()
     for name in sorted(old | new):
         if not name.startswith(free) and old.get(name) != new.get(name):
