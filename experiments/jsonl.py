@@ -30,7 +30,7 @@ def get_config(arg: str | None = None):
     config.sampler.update(prompts=16, slots=8, prompt_length=256, answer_length=512, segment=32)
     config.branching.update(tau_abs=0.1, fill_after=64)
     config.pruning.update(windows=(20, 30, 50))
-    config.learner.update(bin_tokens=2048, bins_per_step=2, remat=True)
+    config.learner.update(bin_tokens=2048, bins_per_step=2, remat="layers")
     config.optimizer.update(learning_rate=1e-4 if given["lora"] else 1e-6, schedule="constant")
     config.warm_start.steps = 0
     config.evaluation.update(every=25, examples=128, samples=4, batch=64)

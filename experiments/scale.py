@@ -19,7 +19,7 @@ def get_config(arg: str | None = None):
     config.sampler.update(prompts=64, slots=8, prompt_length=512, answer_length=1024, segment=32)
     config.branching.update(fill_after=64)
     config.pruning.update(windows=(20, 30, 50))
-    config.learner.update(bin_tokens=2048, bins_per_step=1, vocab_chunk=512, remat=True)
+    config.learner.update(bin_tokens=2048, bins_per_step=1, vocab_chunk=512, remat="layers")
     config.warm_start.steps = 0
     config.evaluation.update(batch=64)
     config.mesh.update(data=1, fsdp=-1)

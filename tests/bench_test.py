@@ -14,19 +14,19 @@ from treerl.models.presets import PRESETS
 
 TINY = dict(PRESETS["tiny"], layers=1, width=16, heads=2, kv_heads=1, head_dim=8, hidden=16)
 GROUP = dict(preset="toy", dtype="float32", prompts=2, slots=4, prompt=5, rows=8, repeats=2)
-LEARNER = dict(GROUP, shared=0.5, bin_tokens=(16, 32), step_tokens=32, vocab_chunk=16, remat=False)
+LEARNER = dict(GROUP, shared=0.5, bin_tokens=(16, 32), step_tokens=32, vocab_chunk=16, remat="none")
 TOY = {
     "sampler": dict(GROUP, segment=2, lengths=(), windows=(2, 3), read_bytes=2**20),
     "learner": LEARNER,
     "step": dict(
-        GROUP, segment=2, lengths=(), windows=(2,), bin_tokens=32, bins_per_step=1, vocab_chunk=16, remat=False
+        GROUP, segment=2, lengths=(), windows=(2,), bin_tokens=32, bins_per_step=1, vocab_chunk=16, remat="none"
     ),
     "estimators": dict(
         trees=8, slots=8, rows=16, part=2, chunk=4, groups=2, trajectories=4, steps=6, states=3, repeats=1
     ),
     "pruning": dict(
         GROUP, groups=2000, slots=16, kappa=0.5, rho=0.5, concentration=6.0, seed=0, repeats=1, detection=3, segment=2,
-        bin_tokens=32, bins_per_step=1, vocab_chunk=16, remat=False, turns=1,
+        bin_tokens=32, bins_per_step=1, vocab_chunk=16, remat="none", turns=1,
     ),
     "devices": dict(steps=1, prompts=4, slots=4),
     "environments": dict(
@@ -34,7 +34,7 @@ TOY = {
         model=dict(layers=1, width=16, heads=2, kv_heads=1, head_dim=8, hidden=16),
     ),
     "scaling": dict(
-        GROUP, segment=2, lengths=(), windows=(2,), bin_tokens=32, bins_per_step=1, vocab_chunk=16, remat=False,
+        GROUP, segment=2, lengths=(), windows=(2,), bin_tokens=32, bins_per_step=1, vocab_chunk=16, remat="none",
         axes=("data",),
     ),
     "checkpoint": dict(preset="toy", layers=1, repeats=1),

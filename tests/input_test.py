@@ -68,7 +68,7 @@ def launch(entry: str, *flags: str) -> subprocess.CompletedProcess:
     ("", ["--noconfig.remat"], "remat is no field of the config; did you mean learner.remat?"),
     ("", ["--config.sampler.slots=abc"], "sampler.slots=abc is no int; set one such as 8."),
     ("", ["--config.sampler.slots", "2.5"], "sampler.slots=2.5 is no int; set one such as 8."),
-    ("", ["--config.learner.remat=maybe"], "learner.remat=maybe is no bool; set one such as False."),
+    ("", ["--config.learner.reference=maybe"], "learner.reference=maybe is no bool; set one such as False."),
     ("", ["--config.pruning.windows=(4,6"], "pruning.windows=(4,6 is no tuple; set one such as (4, 6)."),
     ("", ["--config.advantage.multipliers.ace.alpha=3"],
      "--config.advantage.multipliers.ace.alpha cannot be set alone; write --config.advantage.multipliers=\"{'ace': VALUE}\"."),
@@ -167,7 +167,7 @@ def test_unknown_and_missing_fields():
 def test_every_field_was_thought_of():
     """A field has a rule, can be anything of its type, or is checked where its names are known."""
     ruled = [name for _, _, names in C.RULES for name in names.split()]
-    anything = {"branching.greedy", "pruning.refork", "learner.reference", "learner.remat", "model.qk_norm", "model.qkv_bias", "model.tied"}
+    anything = {"branching.greedy", "pruning.refork", "learner.reference", "model.qk_norm", "model.qkv_bias", "model.tied"}
     anything |= {"text.chat", "text.chat_options", "text.system"}
     elsewhere = {  # see `test_runs_that_can_never_start`, countdown_test and text_test
         "advantage.name", "advantage.options", "advantage.multipliers", "branching.rule", "learner.aggregation",

@@ -42,7 +42,7 @@ def params():
 def fns(bin_tokens=ROWS + WIDTH, bins_per_step=2, **changes):
     sizes = step.Sizes(
         slots=SLOTS, rows=ROWS, budget=ROWS, segment=2, lengths=(ROWS,),
-        bin_tokens=bin_tokens, bins_per_step=bins_per_step, epochs=1, vocab_chunk=7, remat=False,
+        bin_tokens=bin_tokens, bins_per_step=bins_per_step, epochs=1, vocab_chunk=7, remat="none",
     )._replace(**changes)  # fmt: skip
     mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), AXES)
     return step.Fns(

@@ -219,7 +219,7 @@ def test_a_step_that_will_not_fit():
         profiling.check_memory(profiling.Memory(12_345_000_000, 6_000_000_000, 10**10))
     assert str(error.value) == (
         "a step needs 12.35 of 10.0 GB on each device, 6.00 GB of it temporaries, which does not fit; lower "
-        "learner.bins_per_step, learner.vocab_chunk, sampler.prompts or sampler.slots, set learner.remat=True, "
+        "learner.bins_per_step, learner.vocab_chunk, sampler.prompts or sampler.slots, set learner.remat=layers, "
         "model.dtype=bfloat16 or model.lora_rank=16, spread over more devices with mesh.fsdp, or, on a GPU that nothing else "
         "uses, set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95."
     )

@@ -1,5 +1,6 @@
 """The transformer against a plain NumPy forward of the Llama / Qwen family."""
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def test_forward_equals_numpy(changes):
     length = np.array([7, 5])
 
     @jax.jit
-    def run(params, remat=False):
+    def run(params, remat="none"):
         module = model.merge(params)
         position = jnp.broadcast_to(jnp.arange(7), tokens.shape)
         hidden, _ = module(tokens, position, attention.causal(jnp.asarray(length)), remat=remat)
@@ -118,8 +119,27 @@ def test_remat_changes_no_gradient():
         hidden, _ = module(token, jnp.arange(6)[None], attention.causal(jnp.array([6])), remat=remat)
         return jnp.sum(module.logits(hidden) ** 2)
 
-    grad = jax.jit(jax.grad(loss), static_argnums=1)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grad(params, False), grad(params, True))
+    grad, stored = jax.jit(jax.grad(loss), static_argnums=1), {}
+    for remat in ("none", "products", "layers"):
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+        jax.tree.map(close, grad(params, "none"), grad(params, remat))
+        _, pull = jax.vjp(functools.partial(loss, remat=remat), params)
+        stored[remat] = sum(x.size for x in jax.tree.leaves(pull))
+    assert stored["layers"] < stored["products"] < stored["none"]
+
+
+def test_gradients_of_logits_are_products_in_the_model_s_dtype():
+    """And the rounded gradient is the exact one of rounded logits."""
+    model = Model(dataclasses.replace(TINY, dtype="bfloat16"))
+    params = model.init(jax.random.key(1))
+    hidden = jax.random.normal(jax.random.key(2), (5, TINY.width), jnp.bfloat16)
+    loss = lambda hidden: jnp.sum(jnp.sin(model.merge(params).logits(hidden)))
+    products = [e for e in jax.make_jaxpr(jax.grad(loss))(hidden).eqns if e.primitive.name == "dot_general"]
+    assert products and all(x.aval.dtype == jnp.bfloat16 for e in products for x in e.invars)
+    table = params["embedding"].astype(jnp.bfloat16).astype(jnp.float32)
+    exact = jax.grad(lambda h: jnp.sum(jnp.sin(h @ table.T)))(hidden.astype(jnp.float32))
+    found = jax.grad(loss)(hidden).astype(jnp.float32)
+    assert jnp.linalg.norm(found - exact) < 1e-2 * jnp.linalg.norm(exact)
 
 
 def test_presets_have_the_published_sizes():

@@ -41,13 +41,12 @@ def packed(stop: jax.Array, position: jax.Array | None = None, *, mesh: Mesh | N
     never a sibling's tokens or another tree's. position [N, C] is what a window counts in: between
     a token and its ancestor in a bin may lie siblings.
 
-    On a GPU, half-precision heads go through cuDNN's flash attention: scores never reach memory,
-    the mask of a bin does. Elsewhere queries go in static blocks, each against the keys up to its
-    own end, so most of the upper half of the scores is never computed; at most 4 blocks, since
-    each is compiled for itself.
+    Queries go in static blocks, each against the keys up to its own end, so most of the upper half of
+    the scores is never computed; at most 4 blocks, since each is compiled for itself. On a GPU,
+    half-precision heads go through cuDNN's flash attention: scores never reach memory, masks do.
     """
     size = stop.shape[1]
-    block = max(block, -(-size // 4))
+    block = max(block, -(-size // 4 // 64) * 64)
 
     def mask(start, end, window):
         query, key = jnp.arange(start, end)[:, None], jnp.arange(end)
@@ -58,14 +57,13 @@ def packed(stop: jax.Array, position: jax.Array | None = None, *, mesh: Mesh | N
 
     def attend(q, k, v, cache, window=None):
         half = q.dtype in (jnp.bfloat16, jnp.float16)
-        if platform(mesh) == "gpu" and half and size % 64 == 0 and q.shape[-1] in (64, 128):
-            flash = dict(mask=mask(0, size, window), implementation="cudnn")
-            return jax.nn.dot_product_attention(q, k, v, **flash), cache
-        out = []
+        flash = platform(mesh) == "gpu" and half and size % 64 == 0 and q.shape[-1] in (64, 128)
+        how, out = "cudnn" if flash else None, []
         for start in range(0, size, block):
             end = min(start + block, size)
             seen = mask(start, end, window)
-            out.append(jax.nn.dot_product_attention(q[:, start:end], k[:, :end], v[:, :end], mask=seen))
+            own = q[:, start:end], k[:, :end], v[:, :end]
+            out.append(jax.nn.dot_product_attention(*own, mask=seen, implementation=how))
         return jnp.concatenate(out, axis=1), cache
 
     return attend

@@ -171,7 +171,7 @@ def default() -> ConfigDict:
             reference=False,  # keep the reference policy for advantage.multipliers=ace even without a KL
             overlong_buffer=0,  # tokens before answer_length in which the reward falls by up to 1; 0: none
             vocab_chunk=1024,  # tokens whose logits exist at a time
-            remat=False,  # recompute layers in the backward pass
+            remat="none",  # what the backward pass computes again to save memory: none, all but products, or whole layers
             max_skipped=10,  # updates skipped in a row for a loss or gradient that is not finite; one more ends the run
         )
     )
@@ -279,6 +279,7 @@ RULES = (
     ("state or observation", ("state", "observation").__contains__, "environment.anchor"),
     ("full or reprompt", ("full", "reprompt").__contains__, "environment.memory"),
     ("token or turn", ("token", "turn").__contains__, "branching.at"),
+    ("none, products or layers", ("none", "products", "layers").__contains__, "learner.remat"),
     ("split or callback", ("split", "callback").__contains__, "text.grading"),
     ('(question, answer) pairs of text, such as (("1 + 1?", "2"),)', _are_shots, "text.shots"),
 )  # fmt: skip

@@ -47,7 +47,7 @@ class Sizes(NamedTuple):
     bins_per_step: int
     epochs: int
     vocab_chunk: int
-    remat: bool
+    remat: str  # of `transformer.REMAT`
     review_at: int = 0  # iterations before the pruning rule's review
     columns: int | None = None  # lines of a tree that run on after it
     pool_dtype: str | None = None  # of the pool of keys and values; None: that of the activations

@@ -140,7 +140,8 @@ def gradient(fns, objective, params, bins: packing.Bins, weight):
     Returns:
       (gradient of what is trained, float32, (loss, sums / weight, maximum)).
     """
-    step, (trained, frozen) = fns.sizes.bins_per_step, fns.model.split(params)
+    step, rounded = fns.sizes.bins_per_step, jax.tree.map(lambda x: x.astype(fns.model.config.dtype), params)
+    trained, frozen = fns.model.split(rounded)  # what every microbatch would round again
     part = jax.jit(lambda trained, bins: objective(fns.model.join(trained, frozen), bins))
     value = jax.value_and_grad(part, has_aux=True)  # traced once, for its shapes too
     shapes = jax.eval_shape(value, trained, jax.eval_shape(lambda: microbatch(fns, bins, 0)))

@@ -105,7 +105,7 @@ def memory(*programs) -> Memory:
 
 
 SAVE_MEMORY = (
-    "lower learner.bins_per_step, learner.vocab_chunk, sampler.prompts or sampler.slots, set learner.remat=True, "
+    "lower learner.bins_per_step, learner.vocab_chunk, sampler.prompts or sampler.slots, set learner.remat=layers, "
     "model.dtype=bfloat16 or model.lora_rank=16, spread over more devices with mesh.fsdp, or, on a GPU that nothing else "
     "uses, set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95."
 )

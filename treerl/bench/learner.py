@@ -10,6 +10,9 @@ Trees double their lines at evenly spaced rows until half of a rollout, prompt i
 shared by two leaves or more (`shared`). The two losses must agree, else the suite raises. The
 sizes of bins are ones that these trees fill when a tree is split into 4, 2 and 1 bins: attention
 within a bin is dense, so its cost grows with the bin, and what is left empty is paid for too.
+
+Model FLOPs utilisation: 6 x parameters x tokens (unique ones of packed trees, all of flattened rows) over the time and
+the speed of a large matrix product in the same run; attention and what is computed again are not counted.
 """
 import functools
 
@@ -34,11 +37,11 @@ def defaults() -> dict:
     if measure.on_accelerator():
         return dict(
             preset="qwen2.5-1.5b", dtype="bfloat16", prompts=16, slots=8, prompt=256, rows=512, shared=0.5,
-            bin_tokens=(1024, 2048, 4096), step_tokens=8192, vocab_chunk=1024, remat=True, repeats=5,
+            bin_tokens=(1024, 2048, 4096), step_tokens=16384, vocab_chunk=1024, remat="products", repeats=5,
         )  # fmt: skip
     return dict(
         preset="tiny", dtype="float32", prompts=32, slots=8, prompt=20, rows=64, shared=0.5,
-        bin_tokens=(128, 224, 416), step_tokens=1024, vocab_chunk=1024, remat=False, repeats=5,
+        bin_tokens=(128, 224, 416), step_tokens=1024, vocab_chunk=1024, remat="none", repeats=5,
     )  # fmt: skip
 
 
@@ -189,7 +192,11 @@ def rows(**sizes):
     del flat_grads
     turns = {name: functools.partial(program.run, params, *inputs) for name, program in programs.items()}
     times = measure.alternate(turns, sizes["repeats"])
+    peak, weights = measure.matrix_peak(sizes["dtype"]), sum(x.size for x in jax.tree.leaves(params))
+    yield row("matrix_peak", peak / 1e12, "TFLOP/s")
     for name, time in times.items():
         against = dict(versus="flattened", ratio=time.over(times["flattened"])) if name != "flattened" else {}
         yield row(name, time.median, "s", **against)
         yield row(f"{name}.tokens", flat / time.median, "rollout tokens/s")
+        done = 6 * weights * (flat if name == "flattened" else unique)
+        yield row(f"{name}.utilisation", done / time.median / peak, "model FLOPs over the matrix peak")

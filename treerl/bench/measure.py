@@ -105,6 +105,14 @@ def bandwidth_programs(size: int) -> tuple[dict[str, Callable], int]:
     return dict(multiply=program(multiply), maximum=program(maximum)), sweeps * x.nbytes
 
 
+def matrix_peak(dtype: str) -> float:
+    """Floating-point operations a second of a square matrix product as large as suits the device."""
+    size, times = (8192, 16) if on_accelerator() else (1024, 4)
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype) * size**-0.5
+    run = compiled(lambda x: jax.lax.fori_loop(0, times, lambda _, y: x @ y, x), x).run
+    return times * 2 * size**3 / min(alternate(dict(product=lambda: run(x)), 3)["product"].seconds)
+
+
 def bytes_of(tree) -> int:
     """Bytes of all arrays of a pytree."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

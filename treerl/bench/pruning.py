@@ -40,12 +40,12 @@ def defaults() -> dict:
     if measure.on_accelerator():
         step = dict(
             preset="qwen2.5-0.5b", dtype="bfloat16", prompts=64, prompt=256, rows=1024, detection=256, segment=32,
-            bin_tokens=4352, bins_per_step=4, vocab_chunk=1024, remat=True, turns=2,
+            bin_tokens=4352, bins_per_step=4, vocab_chunk=1024, remat="layers", turns=2,
         )  # fmt: skip
     else:
         step = dict(
             preset="tiny", dtype="float32", prompts=8, prompt=20, rows=64, detection=16, segment=8, bin_tokens=276,
-            bins_per_step=4, vocab_chunk=1024, remat=False, turns=3,
+            bins_per_step=4, vocab_chunk=1024, remat="none", turns=3,
         )  # fmt: skip
     return simulation | step
 

@@ -24,13 +24,13 @@ def defaults() -> dict:
     if measure.on_accelerator():
         return dict(
             preset="qwen2.5-1.5b", dtype="bfloat16", prompts=16, slots=8, prompt=256, rows=512, segment=32,
-            lengths=(), windows=(20, 30, 50), bin_tokens=2048, bins_per_step=4, vocab_chunk=1024,
-            remat=True, repeats=3,
+            lengths=(), windows=(20, 30, 50), bin_tokens=2048, bins_per_step=8, vocab_chunk=1024,
+            remat="products", repeats=3,
         )  # fmt: skip
     return dict(
         preset="tiny", dtype="float32", prompts=32, slots=8, prompt=20, rows=20, segment=4,
         lengths=(), windows=(4, 6), bin_tokens=128, bins_per_step=8, vocab_chunk=1024,
-        remat=False, repeats=7,
+        remat="none", repeats=7,
     )  # fmt: skip
 
 

@@ -28,7 +28,8 @@ def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Me
     def prefill(token, length):
         batch, width = token.shape
         position = jnp.broadcast_to(jnp.arange(width), token.shape)
-        hidden, (k, v) = module(token, position, attention.causal(length))
+        # without a gradient nothing is stored of a layer: a scan, which compiles faster
+        hidden, (k, v) = module(token, position, attention.causal(length), remat="layers")
         last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
         stored = pool_dtype or config.dtype
         place = lambda x: sharding.constrain(x, mesh, "trees", "kv_heads", *[None] * (x.ndim - 2))
@@ -62,7 +63,7 @@ def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Me
     return Policy(prefill=prefill, decode=decode, hidden=lambda cache: cache[2], gather=gather)
 
 
-def packed_hidden(model: Model, params: Params, token, position, stop, *, remat: bool = False):
+def packed_hidden(model: Model, params: Params, token, position, stop, *, remat: str = "none"):
     """The learner's view: (module, hidden [N, C, D]) of bins of depth-first tokens.
 
     Args:

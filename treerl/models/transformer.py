@@ -2,10 +2,11 @@
 
 One forward serves prefill, decoding and the packed learner: what differs is the `attend`
 function that each passes in (`treerl.attention`). The blocks are stacked along a leading layer
-axis and scanned, so compile time does not grow with depth; what else differs between layers
-(local or global attention) is scanned beside them.
+axis. Where the backward pass stores little of a layer they are scanned, and compile time does not
+grow with depth; elsewhere they run one by one, see `Transformer.__call__`.
 """
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx, traverse_util
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from treerl import sharding
@@ -137,6 +139,17 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
+PRODUCT = "product"  # checkpoint name of the outputs of matrix products and of attention
+
+
+def _products(primitive, *args, **params) -> bool:
+    """Whether an output is stored under remat=products; the backward pass of cuDNN's attention needs more than its output."""
+    named = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+    return primitive.name == "dot_product_attention_fwd_wrapper" or named(primitive, *args, **params)
+
+
+# Name -> policy: compute nothing again; all but products and attention; all but the layers' inputs.
+REMAT = {"none": None, "products": _products, "layers": jax.checkpoint_policies.nothing_saveable}
 ALPHABET = 64  # tokens below which a vocabulary is whole on every device
 
 
@@ -182,7 +195,41 @@ def change(adapter: dict, config: TransformerConfig) -> jax.Array:
         return jax.vmap(one)(adapter["first"], adapter["second"]) * (config.lora_alpha / config.lora_rank)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def project(config: TransformerConfig, form: str, x: jax.Array, table: jax.Array) -> jax.Array:
+    """An einsum of activations and weights whose result is float32 and whose gradient is rounded to their dtype.
+
+    Left to itself the backward pass multiplies float32 gradients: of a vocabulary, at a fraction of the speed.
+    """
+    with config.products():
+        return jnp.einsum(form, x, table, preferred_element_type=jnp.float32)
+
+
+def _project_forward(config, form, x, table):
+    return project(config, form, x, table), (x, table)
+
+
+def _project_backward(config, form, inputs, gradient):
+    with config.products():
+        _, pull = jax.vjp(functools.partial(jnp.einsum, form), *inputs)
+    return pull(gradient.astype(inputs[0].dtype))
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
 INPUTS = {"qkv": 1, "out": 2, "gate_up": 1, "down": 1}  # axes that the products of a block sum over
+
+
+def in_turn(function, carry, inputs):
+    """What `jax.lax.scan` computes, without a loop; gradients of inputs are joined, not summed slice by slice."""
+    leaves, structure = jax.tree.flatten(inputs)
+    cut = [[jnp.squeeze(x, 0) for x in jax.lax.split(leaf, (1,) * leaf.shape[0])] for leaf in leaves]
+    found = []
+    for each in zip(*cut):
+        carry, out = function(carry, jax.tree.unflatten(structure, each))
+        found.append(out)
+    return carry, jax.tree.map(lambda *x: jnp.stack(x), *found)
 
 
 class Block(Placed):
@@ -218,7 +265,7 @@ class Block(Placed):
 
     def _product(self, x, name):
         """One of the block's products, with its adapter if there is one."""
-        y = jnp.tensordot(x, self.weight(name), INPUTS[name])
+        y = checkpoint_name(jnp.tensordot(x, self.weight(name), INPUTS[name]), PRODUCT)
         return y + getattr(self, name + LORA)(x) if self.config.lora_rank else y
 
     def _forward(self, x, angles, attend, cache, window):
@@ -234,6 +281,7 @@ class Block(Placed):
         if c.query_scalar not in (None, c.head_dim):
             q = q * (c.head_dim / c.query_scalar) ** 0.5  # attention divides scores by the root of head_dim
         attended, cache = attend(q, k, v, cache, window)
+        attended = checkpoint_name(attended, PRODUCT)
         h = self._product(self.place(attended, None, "heads", None), "out")
         x = x + (self.attention_out_norm(h) if c.post_norms else h)
         h = self.place(self._product(self.mlp_norm(x), "gate_up"), None, None, "mlp")
@@ -283,16 +331,15 @@ class Transformer(Placed):
         windows = (reach, c.window) if c.window < reach else (None, None)
         return list(zip((all_seen[0], local), windows))
 
-    def __call__(self, token, position, attend, caches=None, *, remat=False):
-        """Runs all layers by a scan.
+    def __call__(self, token, position, attend, *, remat: str = "none"):
+        """Runs all layers: by a scan where little is stored of each, else one by one, since a scan copies what it stores.
 
         Args:
           token, position: [B, T] int32. attend: see `treerl.attention`.
-          caches: pytree with a leading layer axis, or None.
-          remat: recompute each layer in the backward pass instead of storing it.
+          remat: what the backward pass computes again instead of having stored it, see REMAT.
 
         Returns:
-          (hidden [B, T, D], normalised and ready for `logits`; caches with a layer axis).
+          (hidden [B, T, D], normalised and ready for `logits`; what `attend` returned beside, with a layer axis).
         """
         definition, weights = nnx.split(self.blocks)
         views = self.views(position, token.shape[1])
@@ -302,16 +349,20 @@ class Transformer(Placed):
             local = jnp.asarray(self.config.local, jnp.int32)
 
         def layer(x, inputs):
-            weights, cache, local = inputs
+            weights, local = inputs
             angles, window = view if local is None else jax.tree.map(lambda x: x[local], views)
-            return nnx.merge(definition, weights)(x, angles, attend, cache, window)
+            return nnx.merge(definition, weights)(x, angles, attend, None, window)
 
-        if remat:
-            layer = jax.checkpoint(layer)
+        if remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[remat])
         elif self.mesh is not None and self.mesh.shape["fsdp"] > 1:  # gathered weights are not kept for the backward pass
             layer = jax.checkpoint(layer, policy=lambda primitive, *_, **__: primitive.name != "sharding_constraint")
-        x, caches = jax.lax.scan(layer, self.embed(token), (weights, caches, local))
-        return self.final_norm(x), caches
+        x, inputs = self.embed(token), (weights, local)
+        if remat == "layers":
+            x, kept = jax.lax.scan(layer, x, inputs)
+        else:
+            x, kept = in_turn(jax.jit(layer), x, inputs)
+        return self.final_norm(x), kept
 
     def layers(self):
         """The blocks one by one, for a loop that must not slice stacked weights every step.
@@ -335,8 +386,7 @@ class Transformer(Placed):
         """hidden [..., D] -> float32 [..., V]; of three axes the first are trees or, with their `table`, shards."""
         table = self.table() if table is None else table
         form = "...d,vd->...v" if table.ndim == 2 else "s...d,svd->s...v"
-        with self.config.products():
-            logits = jnp.einsum(form, hidden, table, preferred_element_type=jnp.float32)
+        logits = project(self.config, form, hidden, table)
         return self.place(logits, None, self.vocab) if logits.ndim == 3 else logits
 
 
