@@ -24,7 +24,8 @@ that never succeed, penalties become as loud as success.
 
 Reading only the last two turns (environment.memory=reprompt, window=2, as the papers' agents do) the same model learns hardly
 anything; what it saw four turns ago it cannot use, and whether that is the reason was not tested. Warm start 5.5, 30 steps, 4 seeds:
-gigpo 7.7 +- 1.6, hgpo (base=sum) 6.8 +- 0.6, base=none 3.8 +- 0.9; a step takes two to three times as long, since nothing is shared between turns.
+gigpo 7.7 +- 1.6, hgpo (base=sum) 6.8 +- 0.6, base=none 3.8 +- 0.9; a step takes two to three times as long, since
+nothing is shared between turns.
 
 Four seeds of one longer run, another warm start (16.2): gigpo 46.7 +- 2.0 after 100 steps and 53.9 +- 1.5 after 140, grpo 42.0 +-
 4.9 and 46.9 +- 5.4. 0.3 s a step and seed, one minute of compilation (with

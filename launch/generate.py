@@ -22,7 +22,7 @@ def main():
     experiment, state, step = load(_WORKDIR.value, best=_BEST.value)
     example = experiment.parse(_PROMPT.value)
     grown = experiment.grow(state, [example], step=step, seed=_SEED.value)
-    print(experiment.prompt_text(example))
+    print(experiment.read_text(grown, 0))
     print(experiment.tree_text(grown, 0))
 
 

@@ -290,7 +290,7 @@ def test_a_tree_is_shown_below_what_the_agent_saw_first():
     goal, data = own.task.encode(example)[0], own.task.encode(example).data
     _, seen = own.task.environment.reset(jax.random.key(0), data)
     text = own.read_text(own.grow(own.init(0), [example], step=0), 0)
-    assert text == own.task.tokenizer.decode_prompt([*goal, *(int(t) for t in seen if t)]) != own.prompt_text(example)
+    assert text == own.task.tokenizer.decode_prompt([*goal, *(int(t) for t in seen if t)]) != own.task.tokenizer.decode_prompt(goal)
 
 
 RUN = dict(steps=3, evaluation__every=2, checkpoint_every=1)

@@ -1,10 +1,14 @@
 """Prompts: the stream of examples, its resumption, and padding."""
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from treerl import prompts as P
 from treerl import sharding
+from treerl.errors import UserError
 from treerl.tasks import Encoded, Task
 from treerl.tokenizers import CharTokenizer
 
@@ -29,6 +33,18 @@ def drawn(stream, position, count) -> list:
     examples, positions = stream.examples(position, count)
     np.testing.assert_array_equal(positions, np.arange(position, position + count))
     return list(examples)
+
+
+@pytest.mark.parametrize("few, read", [(None, 5), (2, 2)])
+def test_a_check_reads_what_a_run_will_and_few_of_what_is_made_when_asked_for(few, read):
+    asked = []
+    look = lambda example: asked.append(example["ask"]) or encode(example)
+    train = [dict(ask="abc"[: 1 + i % 3], reply="a") for i in range(9)]
+    task = dataclasses.replace(TASK, train=train, encode=look, few=few)
+    P.check(task, P.Stream(train, 0), 5, ConfigDict(dict(prompts=2, prompt_length=3)))
+    assert asked == [example["ask"] for example in drawn(P.Stream(train, 0), 0, read)]
+    with pytest.raises(UserError, match="longer than sampler.prompt_length=1"):
+        P.check(dataclasses.replace(task, few=None), P.Stream(train, 0), 9, ConfigDict(dict(prompts=2, prompt_length=1)))
 
 
 def test_each_pass_is_a_new_permutation():

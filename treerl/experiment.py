@@ -249,9 +249,10 @@ class Experiment:
     def summarise(self, found: dict) -> dict:
         """Scores, as of `evaluate`, of numpy arrays [N, n] of samples: valid, reward, answer, parts and perhaps score."""
         n, acts = found["reward"].shape[1], self.fns.environment is not None
-        right, names = found["reward"] > self.task.right, self.fns.host.names if self.fns.host is not None else ()
+        score, names = found["reward"], self.fns.host.names if self.fns.host is not None else ()
         if self.config.text.right and names:
-            right = found["parts"][..., names.index(self.config.text.right)] > 0.5
+            score = found["parts"][..., names.index(self.config.text.right)]
+        right = score > self.task.right
         powers = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
         scores = {f"pass@{k}": pass_at_k(right.sum(axis=1), n, k) for k in powers}
         elected = lambda winner: float(np.mean((winner >= 0) & right[np.arange(len(right)), winner]))
@@ -284,10 +285,6 @@ class Experiment:
         model = self.fns.model
         params = jax.jit(model.fold)(state.params) if model.config.lora_rank else state.params
         weights.save(folder, params, model.plain, self.folder, dtype=dtype)
-
-    def prompt_text(self, example: dict) -> str:
-        """What the model reads."""
-        return self.task.tokenizer.decode_prompt(self.task.encode(example).prompt)
 
     def parse(self, text: str) -> dict:
         """The example of a prompt that a user wrote.

@@ -20,7 +20,7 @@ from treerl.checkpoint import Checkpoints, abstract
 from treerl.errors import UserError, writing
 from treerl.experiment import Experiment, named
 from treerl.supervision import Interrupted, Signals
-from treerl.workdir import claim, write_config
+from treerl.workdir import claim, has_config, write_config
 
 
 class Seeds:
@@ -115,16 +115,18 @@ def train(config: ConfigDict, workdir: str, count: int, progress: bool = True, *
     there = len(list(epath.Path(workdir).glob("seed*/metrics.jsonl")))
     if there not in (0, count):
         raise UserError(f"workdir={workdir} has a run of {there} seeds; give --count={there}, or another --workdir.")
+    run = Seeds(config, list(range(config.seed, config.seed + count)), shared)
     with Signals() as signals:
-        return _train(config, workdir, Seeds(config, list(range(config.seed, config.seed + count)), shared), progress, signals)
+        return _train(config, workdir, run, progress, signals)
 
 
 def _train(config: ConfigDict, workdir: str, run: Seeds, progress: bool, signals: Signals) -> dict:
     warm_start.check(run.experiment)
-    for stream in run.streams:
+    for stream in () if has_config(workdir) else run.streams:
         P.check(run.experiment.task, stream, config.steps * config.sampler.prompts, config.sampler)
     keep = dict(keep=config.checkpoint_keep, keep_every=config.checkpoint_keep_every)
-    with writing(f"workdir={workdir}", "make room or allow it, and the same command goes on."), Checkpoints(workdir, **keep) as checkpoints:
+    refused = "make room or allow it, and the same command goes on."
+    with writing(f"workdir={workdir}", refused), Checkpoints(workdir, **keep) as checkpoints:
         write_config(workdir, config)
         restored = checkpoints.restore_latest(abstract(jax.eval_shape(run.start)))
         done, states, extra = restored or (0, None, {})

@@ -266,8 +266,9 @@ def example_trees(experiment: Experiment, state, count: int = 16, shown: int = 4
     for i in picks:
         tree, text = jax.tree.map(lambda x: x[i], grown.tree), experiment.read_text(grown, i)
         svg = draw.draw_tree(
-            tree, experiment.task.tokenizer.decode, reward=grown.reward[i], advantage=grown.advantage[i], right=experiment.task.right, title=text
-        )
+            tree, experiment.task.tokenizer.decode, reward=grown.reward[i], advantage=grown.advantage[i],
+            right=experiment.task.right, title=text,
+        )  # fmt: skip
         caption = f"{right[i]} of {valid[i].sum()} leaves right; forks: {grown.forks[i]}; pruned: {grown.pruned[i]}."
         result.append((caption, svg, text + "\n" + experiment.tree_text(grown, i)))
     return result

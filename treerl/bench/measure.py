@@ -106,7 +106,7 @@ def bandwidth_programs(size: int) -> tuple[dict[str, Callable], int]:
 
 
 def matrix_peak(dtype: str) -> float:
-    """Floating-point operations a second of a square matrix product as large as suits the device."""
+    """Floating-point operations a second of a large square matrix product, at JAX's default precision for the dtype."""
     size, times = (8192, 16) if on_accelerator() else (1024, 4)
     x = jax.random.normal(jax.random.key(0), (size, size), dtype) * size**-0.5
     run = compiled(lambda x: jax.lax.fori_loop(0, times, lambda _, y: x @ y, x), x).run
