@@ -12,52 +12,88 @@ from treerl.models.transformer import Model, TransformerConfig
 B, G, K, R, D, P, S = 3, 2, 5, 3, 16, 21, 40
 
 
-def inputs(seed, *, used=S, dtype=jnp.float32):
-    """Random queries, cache, prompt lengths and paths; rows from `used` on hold nothing."""
+def inputs(seed, *, used=S, dtype=jnp.float32, slots=K, group=R, heads=G, prompt=P, size=D, own=0):
+    """Random (q, k, v), cache, prompt lengths, paths, rows of heads and who writes; rows from `used` on hold nothing.
+
+    A line that writes has its head in its own column; other heads lie anywhere, some where another line writes. Lines stay
+    in their own columns from row `own` on, if it is not 0.
+    """
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
-    cursor = rng.integers(0, used + 1, (B, K))
+    cursor = rng.integers(0, used + 1, (B, slots))
     cursor[0, 0], cursor[1, 1] = 0, used  # one line at its prompt, one as long as it can be
-    path = np.where(np.arange(S) < cursor[..., None], rng.integers(0, K, (B, K, S)), -1)
-    cache = normal(B, G, P, D), normal(B, G, P, D), normal(B, G, K, S, D), normal(B, G, K, S, D)
-    return normal(B, G, K, R, D), cache, jnp.asarray([P, 7, 1]), jnp.asarray(path, jnp.int32)
+    path = np.where(np.arange(S) < cursor[..., None], rng.integers(0, slots, (B, slots, S)), -1)
+    if own:
+        path = np.where((path >= 0) & (np.arange(S) >= own), np.arange(slots)[:, None], path)
+    write = (cursor > 0) & (rng.random((B, slots)) < 0.7)
+    tree, line = np.nonzero(write)
+    path[tree, line, cursor[tree, line] - 1] = line
+    tree, line = np.nonzero(write & (np.roll(cursor, 1, axis=1) == cursor))  # below a head that is being written
+    path[tree, line, cursor[tree, line] - 1] = (line - 1) % slots
+    write[tree, line] = False
+    cache = normal(B, heads, prompt, size), normal(B, heads, prompt, size), *(normal(B, heads, slots, S, size) for _ in "kv")
+    qkv = normal(B, slots, heads * group, size), normal(B, slots, heads, size), normal(B, slots, heads, size)
+    length = jnp.asarray([prompt, prompt // 3, 1])
+    return qkv, cache, (length, jnp.asarray(path, jnp.int32), jnp.asarray(cursor - 1, jnp.int32), jnp.asarray(write))
 
 
-def walk(q, cache, length, path, window=P + S):
-    """Softmax over the last `window` tokens of the prompt and the path, one query at a time, in float64."""
-    prompt_k, prompt_v, pool_k, pool_v = (np.asarray(x, np.float64) for x in cache)
-    q, out = np.asarray(q, np.float64), np.zeros(q.shape)
-    for b, g, k, r in np.ndindex(q.shape[:-1]):
-        rows = [s for s in range(S) if path[b, k, s] >= 0]
-        line = lambda prompt, pool: list(prompt[b, g, : length[b]]) + [pool[b, g, path[b, k, s], s] for s in rows]
-        on = lambda prompt, pool: np.array(line(prompt, pool)[-window:])
-        score = on(prompt_k, pool_k) @ q[b, g, k, r] / D**0.5
+def walk(qkv, cache, tree, window=None):
+    """Softmax over the last `window` tokens of the prompt and the path, one query at a time, in float64: (out, cache)."""
+    q, k, v = (np.asarray(x, np.float64) for x in qkv)
+    prompt_k, prompt_v, pool_k, pool_v = (np.array(x, np.float64) for x in cache)
+    length, path, row, write = map(np.asarray, tree)
+    for b, j in zip(*np.nonzero(write)):
+        pool_k[b, :, j, row[b, j]], pool_v[b, :, j, row[b, j]] = k[b, j], v[b, j]
+    out, group = np.zeros(q.shape), q.shape[2] // k.shape[2]
+    for b, j, h in np.ndindex(q.shape[:-1]):
+        g, rows = h // group, [s for s in range(S) if path[b, j, s] >= 0]
+        line = lambda prompt, pool: list(prompt[b, g, : length[b]]) + [pool[b, g, path[b, j, s], s] for s in rows]
+        on = lambda prompt, pool: np.array(line(prompt, pool)[-window if window else 0 :])
+        score = on(prompt_k, pool_k) @ q[b, j, h] / q.shape[-1] ** 0.5
         weight = np.exp(score - score.max())
-        out[b, g, k, r] = weight / weight.sum() @ on(prompt_v, pool_v)
-    return out
+        out[b, j, h] = weight / weight.sum() @ on(prompt_v, pool_v)
+    return out, (prompt_k, prompt_v, pool_k, pool_v)
+
+
+def attend(form, qkv, cache, tree, rows=S, window=None):
+    """(out, cache) of a form of attention over the pool."""
+    return jax.jit(lambda qkv, cache, tree: form(*tree, rows)(*qkv, cache, window))(qkv, cache, tree)
+
+
+def assert_walks(got, qkv, cache, tree, window=None, atol=2e-6):
+    out, cache = walk(qkv, cache, tree, window)
+    np.testing.assert_allclose(np.asarray(got[0], np.float64), out, atol=atol)
+    for ours, wanted in zip(got[1], cache):
+        np.testing.assert_array_equal(np.asarray(ours, np.float64), wanted)
 
 
 KERNELS = {
     "dense": attention.dense,
-    "fused": functools.partial(attention.fused, interpret=True),
-    "fused, blocks that do not divide the rows": functools.partial(attention.fused, block=16, interpret=True),
+    "fused": attention.fused,
+    "fused, columns and prompts in pieces": functools.partial(attention.fused, block=16, span=16, prompt_span=16),
+    "fused, two lines a tile": functools.partial(attention.fused, tile=6, span=48),
 }
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("used", [S, 17])
 def test_kernels_equal_a_walk_along_the_path(name, used):
-    q, cache, length, path = inputs(used, used=used)
-    got = jax.jit(KERNELS[name], static_argnums=4)(q, cache, length, path, used)
-    np.testing.assert_allclose(got, walk(q, cache, np.asarray(length), np.asarray(path)), atol=2e-6)
+    given = inputs(used, used=used)
+    assert_walks(attend(KERNELS[name], *given, used), *given)
+
+
+@pytest.mark.parametrize(
+    "sizes", [dict(own=1), dict(own=20, slots=8), dict(slots=35, group=2), dict(group=1, heads=3), dict(slots=12, group=8, prompt=150), dict(size=32, heads=1)], ids=str
+)
+def test_the_kernel_takes_all_head_layouts_and_more_lines_than_bits(sizes):
+    given = inputs(7, **sizes)
+    assert_walks(attend(attention.fused, *given), *given)
 
 
 @pytest.mark.parametrize("window", [1, 6, 25, P + S])
 def test_a_window_leaves_the_last_positions(window):
-    q, cache, length, path = inputs(3)
-    row = jnp.sum(path >= 0, axis=-1) - 1
-    got = jax.jit(attention.dense, static_argnums=4)(q, cache, length, path, S, row, jnp.int32(window))
-    np.testing.assert_allclose(got, walk(q, cache, np.asarray(length), np.asarray(path), window), atol=2e-6)
+    given = inputs(3)
+    assert_walks(attend(attention.dense, *given, window=jnp.int32(window)), *given, window=window)
 
 
 @pytest.mark.parametrize("window", [1, 3, 40])
@@ -77,27 +113,38 @@ def test_windows_hide_alike_in_rows_and_in_bins(window):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_what_no_line_stands_on_is_not_read(name):
-    q, cache, length, path = inputs(0)
-    run = jax.jit(KERNELS[name], static_argnums=4)
-    stands = (np.asarray(path)[:, :, None] == np.arange(K)[:, None]).any(1)  # [B, K, S]
+    qkv, cache, tree = inputs(0)
+    length, path, *_ = map(np.asarray, tree)
+    stands = (path[:, :, None] == np.arange(K)[:, None]).any(1)  # [B, K, S]
     poison = lambda pool: jnp.where(stands[:, None, ..., None], pool, 1e4)
-    past = (np.arange(P) >= np.asarray(length)[:, None])[:, None, :, None]
+    past = (np.arange(P) >= length[:, None])[:, None, :, None]
     other = *(jnp.where(past, 1e4, x) for x in cache[:2]), *map(poison, cache[2:])
-    np.testing.assert_array_equal(run(q, cache, length, path, S), run(q, other, length, path, S))
+    run = lambda cache: attend(KERNELS[name], qkv, cache, tree)[0]
+    np.testing.assert_array_equal(run(cache), run(other))
 
 
 def test_bfloat16_kernel_is_as_close_as_bfloat16_allows():
-    q, cache, length, path = inputs(1, dtype=jnp.bfloat16)
-    got = attention.fused(q, cache, length, path, S, interpret=True)
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, walk(q, cache, np.asarray(length), np.asarray(path)), atol=0.03)
+    given = inputs(1, dtype=jnp.bfloat16)
+    got = attend(attention.fused, *given)
+    assert got[0].dtype == jnp.bfloat16
+    assert_walks(got, *given, atol=0.03)
 
 
-def test_the_kernel_is_chosen_on_gpus_alone(monkeypatch):
+def test_the_kernel_sees_a_head_as_it_is_stored():
+    qkv, cache, tree = inputs(1)
+    half = *(x.astype(jnp.bfloat16) for x in cache),
+    dense, fused = (attend(form, qkv, half, tree) for form in (attention.dense, attention.fused))
+    np.testing.assert_allclose(fused[0], dense[0], atol=2e-2)
+    jax.tree.map(np.testing.assert_array_equal, fused[1], dense[1])
+
+
+def test_the_kernel_is_chosen_on_gpus_alone(monkeypatch, caplog):
     assert attention.kernel(64) is attention.dense  # tests run on a CPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert attention.kernel(64) is attention.fused
-    assert attention.kernel(24) is attention.dense and attention.kernel(8) is attention.dense
+    assert attention.kernel(64) is attention.fused and not caplog.records
+    with caplog.at_level("INFO"):
+        assert attention.kernel(24) is attention.dense and attention.kernel(8) is attention.dense
+    assert "head_dim=24" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -4,19 +4,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from treerl import branching
+from treerl import branching, nucleus
 from treerl.types import ACTIVE, FREE, Frontier, empty_lines
 
 
-def first_step(probabilities, slots, drawn=0):
+def first_step(probabilities, slots, drawn=0, candidates=1):
     """What a rule sees when the line in slot 0 is about to take its first token: probabilities [V]."""
     lines = empty_lines(1, slots, 4)
     own = jnp.arange(slots) == 0
     lines = lines.replace(status=jnp.where(own, ACTIVE, lines.status), may_fork=lines.may_fork | own)
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities, jnp.float32)), (1, slots, len(probabilities)))
     zero = jnp.zeros((1, slots), jnp.int32)
+    best, score = nucleus.likeliest(logits, candidates)
     return Frontier(
-        lines=lines, logits=logits, drawn=zero + drawn, entropy=zero * 1.0, free=jnp.where(own, 5, 0)[None],
+        lines=lines, logits=logits, drawn=zero + drawn, entropy=zero * 1.0, best=best, score=score, free=jnp.where(own, 5, 0)[None],
         iteration=jnp.int32(0),
     )  # fmt: skip
 
@@ -29,7 +30,7 @@ def test_a_vocabulary_that_is_used_up_gives_no_more_children(max_children, proba
         tau_abs=0.05, tau_rel=0.9, share=1.0, fill_after=9, greedy=False, max_children=max_children
     )
     drawn = 1  # so that token 0, the argmax of nothing, is not the line's own
-    _, births = rule.step(first_step(probabilities, 7, drawn))
+    _, births = rule.step(first_step(probabilities, 7, drawn, rule.candidates))
     children = [int(t) for t in births.token[0] if t >= 0]
     likely = [int(t) for t in np.argsort(-np.asarray(probabilities), kind="stable") if probabilities[t] and t != drawn]
     assert children == likely[:max_children]
@@ -39,7 +40,7 @@ def test_a_vocabulary_that_is_used_up_gives_no_more_children(max_children, proba
 def test_likeliest_are_the_top_of_a_sort():
     logits = np.random.default_rng(0).normal(size=(3, 4, 9)).astype(np.float32)
     logits[0, 0, 2:] = -np.inf
-    token, logp = jax.jit(branching.likeliest, static_argnums=1)(logits, 5)
+    token, logp = jax.jit(nucleus.likeliest, static_argnums=1)(logits, 5)
     want = np.asarray(jax.nn.log_softmax(logits))
     np.testing.assert_allclose(logp, -np.sort(-want, axis=-1)[..., :5], atol=1e-6)
     at = np.isfinite(logp)

@@ -37,10 +37,10 @@ def rounding_policy(*args, **sizes):
         return *head, [tuple(map(rounded, cache)) for cache in caches]
 
     def decode(*args):
-        plain = attention.pool
+        plain = attention.kernel(MODEL.config.head_dim)
         with pytest.MonkeyPatch.context() as patch:
             wrap = lambda attend: lambda q, k, v, *more: attend(q, rounded(k), rounded(v), *more)
-            patch.setattr(attention, "pool", lambda *given: wrap(plain(*given)))
+            patch.setattr(attention, "kernel", lambda *_: lambda *given: wrap(plain(*given)))
             return policy.decode(*args)
 
     return policy._replace(prefill=prefill, decode=decode)
@@ -82,6 +82,17 @@ def test_the_caches_dtype(dtype):
         assert len(caches) == 2 and {str(x.dtype) for layer in caches for x in layer} == {stored}
         assert last.dtype == jnp.float32
     assert np.any(after[3][0][2] != 0)  # something was written
+
+
+def test_weights_of_rollouts_in_eight_bits_reach_the_sampler(monkeypatch):
+    config, asked = sharding_test.tiny_config(), []
+    config.sampler.weight_dtype = "int8"
+    monkeypatch.setattr(sharding_test, "tiny_config", lambda **_: config)
+    tiny = Tiny(one_device())
+    monkeypatch.setattr(S, "make_policy", lambda *_, weight_dtype, **__: asked.append(weight_dtype) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tiny.step(tiny.state(), tiny.prompts(), tiny.knobs)
+    assert asked == ["int8"]
 
 
 def test_the_config_reaches_the_sampler(monkeypatch):

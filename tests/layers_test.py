@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROWS = [
     {"errors"},
     {"options"},
-    {"types", "masked", "config", "sharding", "tokenizers", "graders", "processes", "files"},
+    {"types", "kernels", "masked", "config", "sharding", "tokenizers", "graders", "processes", "files"},
     {"games"},
     {"environments"},
     {"tree", "attention", "optimizer", "checkpoint", "tasks", "workdir", "supervision"},
@@ -135,7 +135,7 @@ def test_only_the_rooms_named_above_read_the_config():
     "file, text, complaint",
     [
         ("masked.py", "from treerl import tree as T", "treerl.masked:1: imports treerl.tree of row 5"),
-        ("tree.py", "from treerl.attention import pool", "treerl.tree:1: imports treerl.attention of row 5"),
+        ("tree.py", "from treerl.attention import dense", "treerl.tree:1: imports treerl.attention of row 5"),
         ("tree.py", "def f():\n    import treerl.step", "treerl.tree:2: imports treerl.step of row 10"),
         ("losses.py", "from . import packing", "treerl.losses:1: imports treerl.packing of row 8"),
         ("models/a.py", "from ..models import b\nfrom .. import prompts", "treerl.models.a:2: imports treerl.prompts of row 6"),

@@ -221,8 +221,7 @@ def main(folder: str):
     assert not token_loop_collectives(tiny), token_loop_collectives(tiny)
     with with_trees():
         np.savez(os.path.join(folder, "survivors.npz"), **numbers(*tiny.step(tiny.state(), tiny.prompts(), tiny.knobs)))
-    fused = functools.partial(attention.fused, interpret=True)
-    with mock.patch.object(attention, "kernel", lambda head_dim, mesh: attention.sharded(fused, mesh)), with_trees():
+    with mock.patch.object(attention, "kernel", lambda head_dim, mesh: attention.sharded(attention.fused, mesh)), with_trees():
         tiny = Tiny(sharding.make_mesh(**sizes))
         result = numbers(*tiny.step(tiny.state(), tiny.prompts(), tiny.knobs))
     np.savez(os.path.join(folder, "kernel.npz"), **result)

@@ -18,28 +18,6 @@ def stochastic() -> Branching:
     return Branching(start=start, step=step)
 
 
-def likeliest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The most probable tokens, in descending order, and their log-probs: [..., V] -> twice [..., count].
-
-    One pass over the logits for each, so the vocabulary is never sorted. Where fewer than `count`
-    tokens are possible, the rest have log-prob -inf and mean nothing.
-
-    Args:
-      logits: [..., V] float32, one of them finite. count: static.
-    """
-    token, left = [], logits
-    for _ in range(count):
-        token.append(jnp.argmax(left, -1))
-        left = jnp.where(jnp.arange(logits.shape[-1]) == token[-1][..., None], -jnp.inf, left)
-    token = jnp.stack(token, -1)
-    # the argmax of a vocabulary that is used up repeats token 0; reading scores from `left` would show it too, but
-    # would keep another array of the vocabulary's size in memory
-    again = jnp.any((token[..., None] == token[..., None, :]) & jnp.tri(count, k=-1, dtype=bool), -1)
-    score = jnp.where(again, -jnp.inf, jnp.take_along_axis(logits, token, axis=-1))
-    top = score[..., :1]
-    return token, score - (top + jnp.log(jnp.sum(jnp.exp(logits - top), -1, keepdims=True)))
-
-
 def _empty(frontier: Frontier) -> jax.Array:
     """Slots in whose column nothing is held, where a line may start at any row: bool [B, K]."""
     return (frontier.lines.status == FREE) & (frontier.free == 0)
@@ -107,9 +85,9 @@ def lookahead(*, tau_abs, tau_rel, share, fill_after, greedy, max_children: int 
         return tuple(jnp.broadcast_to(x, (batch, slots)) for x in (begins, roots))
 
     def step(frontier: Frontier):
-        lines, logits, drawn = frontier.lines, frontier.logits, frontier.drawn
+        lines, drawn = frontier.lines, frontier.drawn
         slots = drawn.shape[1]
-        best, score = likeliest(logits, max_children + 1)  # [B, K, M + 1]
+        best, score = frontier.best, frontier.score  # [B, K, M + 1]
         bar = jnp.log(jnp.maximum(tau_abs, jnp.exp(score[..., :1]) - tau_rel))
         active = lines.status == ACTIVE
         may_fork = active & lines.may_fork
@@ -125,4 +103,4 @@ def lookahead(*, tau_abs, tau_rel, share, fill_after, greedy, max_children: int 
         line = jnp.where(fill, jnp.arange(slots), births.line)
         return forced, births._replace(line=line, row=jnp.where(fill, -1, births.row))
 
-    return Branching(start=start, step=step)
+    return Branching(start=start, step=step, candidates=max_children + 1)

@@ -97,6 +97,7 @@ def default() -> ConfigDict:
             top_p=1.0,  # share of the probability that may be drawn from; 1: all
             segment=4,  # iterations between two tests for the end, and before the review of survival rules
             pool_dtype="",  # of stored keys and values; "": that of activations
+            weight_dtype="",  # int8: the largest weights are read in 8 bits, on a GPU; "": that of activations
             lengths=(),  # static row bounds before answer_length; each compiles the loop once more
         )
     )
@@ -268,6 +269,7 @@ RULES = (
     ("a number from 0 to below 1", lambda x: 0 <= x < 1, "optimizer.b1 optimizer.b2"),
     ("float32, bfloat16 or float16", ("float32", "bfloat16", "float16").__contains__, "model.dtype model.param_dtype optimizer.moment_dtype"),
     ("float32, bfloat16, float16 or ''", ("float32", "bfloat16", "float16", "").__contains__, "sampler.pool_dtype"),
+    ("int8 or ''", ("int8", "").__contains__, "sampler.weight_dtype"),
     ("lengths of 1 or more, such as (4, 6)", _are_lengths, "sampler.lengths pruning.windows"),
     ("(step, share) pairs that ascend from step 0, shares from 0 to 1, such as ((0, 0.5), (100, 1.0))", _are_shares,
      "branching.share"),

@@ -51,6 +51,7 @@ class Sizes(NamedTuple):
     review_at: int = 0  # iterations before the pruning rule's review
     columns: int | None = None  # lines of a tree that run on after it
     pool_dtype: str | None = None  # of the pool of keys and values; None: that of the activations
+    weight_dtype: str | None = None  # of the largest weights in rollouts; None: that of the activations
     shown: int = 0  # trees whose answers a step hands out
 
 
@@ -360,7 +361,8 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None, folder: str | No
             slots=s.slots, rows=s.answer_length, budget=budget, review_at=review_at, columns=columns,
             segment=s.segment, lengths=tuple(s.lengths) + (s.answer_length,), bin_tokens=l.bin_tokens,
             bins_per_step=l.bins_per_step, epochs=l.epochs, vocab_chunk=l.vocab_chunk, remat=l.remat,
-            pool_dtype=s.pool_dtype or None, shown=min(SHOWN, s.prompts) if config.samples_every else 0,
+            pool_dtype=s.pool_dtype or None, weight_dtype=s.weight_dtype or None,
+            shown=min(SHOWN, s.prompts) if config.samples_every else 0,
         ),
         model=model,
         optimizer=optax.with_extra_args_support(optimizer or make_optimizer(config.optimizer, config.steps * l.epochs)),

@@ -4,6 +4,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from treerl import kernels
+
 
 class Drawn(NamedTuple):
     """A token for every head, and what its distribution said. All [..., ] of the heads' shape."""
@@ -21,9 +23,9 @@ def nucleus(logits: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.
     Finds the cut by bisection on the probability, behind a cond, so top_p = 1 costs nothing and
     the vocabulary is never sorted. Ties at the cut are kept.
     """
-    top = logits.max(-1, keepdims=True)
 
-    def cut(logits, top):
+    def cut(logits):
+        top = logits.max(-1, keepdims=True)
         weight = jnp.exp((logits - top) / temperature)
         total = weight.sum(-1, keepdims=True)
 
@@ -36,7 +38,8 @@ def nucleus(logits: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.
         low, _ = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(top), jnp.ones_like(top)))
         return jnp.min(jnp.where((weight >= low) | (logits == top), logits, jnp.inf), -1, keepdims=True)
 
-    return jax.lax.cond(top_p < 1, cut, lambda logits, top: jnp.full_like(top, -jnp.inf), logits, top)
+    all_kept = lambda logits: jnp.full((*logits.shape[:-1], 1), -jnp.inf, logits.dtype)
+    return jax.lax.cond(top_p < 1, cut, all_kept, logits)
 
 
 def draw(logits: jax.Array, temperature: jax.Array, top_p: jax.Array, uniform: jax.Array) -> Drawn:
@@ -75,3 +78,45 @@ def draw(logits: jax.Array, temperature: jax.Array, top_p: jax.Array, uniform: j
     logp = jnp.take_along_axis(shift, inner[..., None], axis=-1)[..., 0] - jnp.log(mass.sum(-1))
     token = jnp.minimum(outer * width + inner, size - 1).astype(jnp.int32)
     return Drawn(token, logp, top, jnp.log(norm), jnp.log(norm) - mean)
+
+
+def likeliest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The most probable tokens, in descending order, and their log-probs: [..., V] -> twice [..., count].
+
+    One pass over the logits for each, so the vocabulary is never sorted. Where fewer than `count`
+    tokens are possible, the rest have log-prob -inf and mean nothing.
+
+    Args:
+      logits: [..., V] float32, one of them finite. count: static.
+    """
+    token, left = [], logits
+    for _ in range(count):
+        token.append(jnp.argmax(left, -1))
+        left = jnp.where(jnp.arange(logits.shape[-1]) == token[-1][..., None], -jnp.inf, left)
+    token = jnp.stack(token, -1)
+    # the argmax of a vocabulary that is used up repeats token 0; reading scores from `left` would show it too, but
+    # would keep another array of the vocabulary's size in memory
+    again = jnp.any((token[..., None] == token[..., None, :]) & jnp.tri(count, k=-1, dtype=bool), -1)
+    score = jnp.where(again, -jnp.inf, jnp.take_along_axis(logits, token, axis=-1))
+    top = score[..., :1]
+    return token, score - (top + jnp.log(jnp.sum(jnp.exp(logits - top), -1, keepdims=True)))
+
+
+def survey(logits, temperature, top_p, uniform, candidates: int = 0, *, fused: bool = False) -> tuple[Drawn, jax.Array, jax.Array]:
+    """Draws a token, and names the likeliest ones.
+
+    Args:
+      logits: [B, K, V] float32. temperature, top_p: [] float32. uniform: [B, K] in [0, 1). candidates: static.
+      fused: read the logits once, in kernels for GPUs (static). They must lie on one device.
+
+    Returns:
+      (Drawn, best [B, K, candidates] int32, their log-probs at temperature 1 [B, K, candidates]), see `likeliest`.
+    """
+    if fused:
+        lowest = nucleus(logits, temperature, top_p)[..., 0]
+        flat = lambda x: x.reshape(-1, *x.shape[2:])
+        found = kernels.survey(flat(logits), temperature, flat(lowest), flat(uniform), candidates)
+        *drawn, best, score = (x.reshape(*uniform.shape, *x.shape[1:]) for x in found)
+        return Drawn(*drawn), best, score
+    named = likeliest(logits, candidates) if candidates else (jnp.zeros((*uniform.shape, 0), jnp.int32), jnp.zeros((*uniform.shape, 0)))
+    return draw(logits, temperature, top_p, uniform), *named

@@ -23,7 +23,7 @@ from treerl import compaction, episodes
 from treerl import tree as T
 from treerl.compaction import take
 from treerl.environments import Environment
-from treerl.nucleus import draw
+from treerl.nucleus import survey
 from treerl.types import ACTIVE, DONE, FREE, Births, Branching, Frontier, Lines, Policy, Prompts, Pruning, empty_lines
 
 _GRID = ("token", "parent", "used", "source", "end", "entropy", "logp_behavior", "logp_policy")
@@ -189,13 +189,13 @@ def sample(
         lines = carry.lines
         noise = _fold(lines.key, lines.cursor)
         uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.wrap_key_data(k))))(noise)
-        drawn = draw(logits, temperature, top_p, uniform)
+        drawn, best, score = survey(logits, temperature, top_p, uniform, branching.candidates, fused=policy.kernels)
         free = _free_from(lines)
         shown = lines
         if environment is not None:
             forkable = episodes.fresh(carry.worlds) if fork_at == "turn" else ~episodes.listens(carry.worlds)
             shown = lines.replace(may_fork=lines.may_fork & forkable)
-        token, births = branching.step(Frontier(shown, logits, drawn.token, drawn.entropy, free, carry.iteration))
+        token, births = branching.step(Frontier(shown, logits, drawn.token, drawn.entropy, best, score, free, carry.iteration))
         if not grows:
             return drawn, token, births._replace(line=jnp.full_like(births.line, -1))
         allowed = (births.line >= 0) & (free <= births.row + 1) & ~carry.reviewed

@@ -127,7 +127,9 @@ def rollout(fns: Fns, params, prompts: Prompts, key, step, knobs, *, quality=Non
     plain = slots is not None
     slots = slots if plain else size.slots
     tree, stats, seen = sampler.sample(
-        make_policy(model, params, slots=slots, rows=size.rows, mesh=fns.mesh, pool_dtype=size.pool_dtype),
+        make_policy(
+            model, params, slots=slots, rows=size.rows, mesh=fns.mesh, pool_dtype=size.pool_dtype, weight_dtype=size.weight_dtype
+        ),
         branching.stochastic() if plain else fns.branching(knobs, step),
         pruning.none() if plain else fns.pruning(knobs, step, quality),
         prompts,

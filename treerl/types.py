@@ -63,12 +63,15 @@ class Policy(NamedTuple):
     Only where a pruning rule has a `review`, or hidden states are asked for:
     hidden(cache) -> [B, K, D]: hidden states of the heads decoded last.
     gather(cache, path [B, C, S]) -> cache of C slots: what the cells of the n-th path have, all in slot n, at their rows.
+
+    kernels: logits lie on one GPU, and kernels may read them.
     """
 
     prefill: Callable
     decode: Callable
     hidden: Callable | None = None
     gather: Callable | None = None
+    kernels: bool = False
 
 
 FREE, ACTIVE, DONE = 0, 1, 2  # status of a slot; DONE holds a leaf and stays taken
@@ -104,6 +107,8 @@ class Frontier(NamedTuple):
     logits: jax.Array  # [B, K, V] float32, untempered
     drawn: jax.Array  # [B, K] int32, the token sampled for each active line
     entropy: jax.Array  # [B, K] float32, nats, of the tempered distribution
+    best: jax.Array  # [B, K, M] int32, the likeliest tokens in descending order, M = Branching.candidates
+    score: jax.Array  # [B, K, M] float32, their untempered log-probs, -inf where fewer are possible
     free: jax.Array  # [B, K] int32, first row the slot may be reborn at; S + 1 if it is taken
     iteration: jax.Array  # [] int32
 
@@ -126,6 +131,7 @@ class Branching(NamedTuple):
     start(B, K) -> (bool [B, K] lines that start at the prompt, bool [B, K] which may fork).
     step(Frontier) -> (token [B, K], Births): the token each active line takes, -1 for the one
         drawn, and the lines to start.
+    candidates: how many of each line's likeliest tokens the rule wants to see (static).
 
     A tree in which nothing runs, and nothing ran at the iteration before, is over: no line starts
     in it any more, even while other trees go on, so a rule can look at the iteration's number.
@@ -133,6 +139,7 @@ class Branching(NamedTuple):
 
     start: Callable
     step: Callable
+    candidates: int = 0
 
 
 class Review(NamedTuple):

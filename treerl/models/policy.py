@@ -1,29 +1,46 @@
 """A transformer as the sampler and the learner use it."""
 import jax
 import jax.numpy as jnp
+from absl import logging
 from einops import rearrange
 from jax.sharding import Mesh
 
-from treerl import attention, sharding
+from treerl import attention, kernels, sharding
 from treerl.models.transformer import Model
 from treerl.types import Params, Policy
 
 
-def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Mesh | None = None, pool_dtype: str | None = None) -> Policy:
+def make_policy(
+    model: Model, params: Params, *, slots: int, rows: int, mesh: Mesh | None = None, pool_dtype: str | None = None, weight_dtype: str | None = None
+) -> Policy:
     """The sampler's view: weights are cast and unstacked once, before its loop.
 
     Args:
       slots, rows: K and S, the size of the pool of keys and values of a tree.
       mesh: of the parameters; None is one device.
       pool_dtype: of the keys and values of answers and prompts; None is that of the activations.
+      weight_dtype: int8 reads the two largest weights, those of the MLP's gates and of the output, and their inputs,
+        rounded to 8 bits, with one scale a row; on a single GPU, where the sizes fit, see `kernels.narrow_product`.
+        None is the dtype of the activations.
 
     Local layers whose window is shorter than a prompt and its answer use the `dense` form: the
     fused kernel knows which cells are ancestors, not how far away they are.
     """
     module = model.merge(params)
-    apply, layers = module.layers()
+    block_of, layers = module.layers()
     config = model.config
     local = config.local or (False,) * config.layers
+    lone = mesh is None or mesh.size == 1  # the partitioner cannot cut kernels
+
+    in_kernels = lone and not config.lora_rank and attention.kernel(config.head_dim, mesh) is not attention.dense
+    fits = lambda heads: all(kernels.narrow_fits(heads, config.width, outer) for outer in (config.hidden, config.vocab))
+    narrow = weight_dtype is not None and in_kernels and fits(128)
+    if narrow:
+        gates = [kernels.quantize(jnp.moveaxis(block_of(w).weight("gate_up"), 0, 2)) for w in layers]
+        table = kernels.quantize(module.table()[None])
+    elif weight_dtype is not None:
+        stay = "weight_dtype=%s needs one GPU and sizes that its kernel takes; weights stay %s."
+        logging.log_first_n(logging.INFO, stay, 1, weight_dtype, config.dtype)
 
     def prefill(token, length):
         batch, width = token.shape
@@ -43,24 +60,37 @@ def make_policy(model: Model, params: Params, *, slots: int, rows: int, mesh: Me
         views = module.views(length[:, None] + row, caches[0][0].shape[2] + path.shape[2])
         hides = views[0][1] is not None
         form = attention.dense if hides else attention.kernel(config.head_dim, mesh)
-        attend = attention.pool(length, path, row, write, rows, form)
+        attend = form(length, path, row, write, rows)
         # traced once: what differs between layers comes in as data
-        block = jax.jit(lambda weights, x, cache, view: apply(weights, x, view[0], attend, cache, view[1]))
+        fused = in_kernels and form is not attention.dense
+        rounded = narrow and fused and fits(token.size)
+        if fused:
+            block = jax.jit(lambda weights, x, cache, view, gate_up: block_of(weights).decode(x, view[0], attend, cache, gate_up))
+        else:
+            block = jax.jit(lambda weights, x, cache, view, _: block_of(weights)(x, view[0], attend, cache, view[1]))
         x, new = module.embed(token), []
-        for weights, cache, is_local in zip(layers, caches, local):
-            x, cache = block(weights, x, cache, views[is_local])
+        x = (x, jnp.zeros_like(x)[None]) if fused else x
+        for weights, cache, is_local, gate_up in zip(layers, caches, local, gates if rounded else [None] * config.layers):
+            x, cache = block(weights, x, cache, views[is_local], gate_up)
             new.append(cache)
-        hidden = jnp.where(row[..., None] < 0, last, module.final_norm(x))
-        return module.logits(hidden), (length, last, hidden, new)
+        x = x[0] + sum(x[1]).astype(config.dtype) if fused else x
+        hidden = module.final_norm(x)
+        hidden = jnp.where(row[..., None] < 0, last, hidden)
+        if rounded:
+            flat = kernels.quantize(hidden.reshape(-1, config.width))
+            logits = kernels.narrow_product(flat, table, jnp.float32).reshape(*token.shape, -1)
+        else:
+            logits = module.logits(hidden)
+        return logits, (length, last, hidden, new)
 
     def gather(cache, path):
         length, last, _, caches = cache
         column, depth = jnp.maximum(path, 0), jnp.arange(path.shape[2])
-        move = jax.vmap(lambda pool, column: pool[:, column, depth])  # a tree at a time, see `attention.pool`
+        move = jax.vmap(lambda pool, column: pool[:, column, depth])  # a tree at a time, see `attention.dense`
         moved = [(k, v, move(pool_k, column), move(pool_v, column)) for k, v, pool_k, pool_v in caches]
         return length, last, jnp.zeros((*path.shape[:2], config.width), config.dtype), moved
 
-    return Policy(prefill=prefill, decode=decode, hidden=lambda cache: cache[2], gather=gather)
+    return Policy(prefill=prefill, decode=decode, hidden=lambda cache: cache[2], gather=gather, kernels=lone and attention.platform(mesh) == "gpu")
 
 
 def packed_hidden(model: Model, params: Params, token, position, stop, *, remat: str = "none"):

@@ -17,7 +17,7 @@ from flax import nnx, traverse_util
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from treerl import sharding
+from treerl import kernels, sharding
 from treerl.errors import UserError
 
 
@@ -100,6 +100,10 @@ class RMSNorm(nnx.Module):
         start = jnp.zeros if config.norm_plus_one else jnp.ones
         self.scale = nnx.Param(start((size,), config.param_dtype), axes=axes)
         self.eps, self.offset = config.norm_eps, config.norm_plus_one
+
+    def numbers(self):
+        """(scale, eps, offset) as `kernels.add_norm` wants them."""
+        return self.scale[...], self.eps, self.offset
 
     def __call__(self, x):
         y = x.astype(jnp.float32)
@@ -259,9 +263,43 @@ class Block(Placed):
             self.attention_out_norm, self.mlp_out_norm = RMSNorm(d, c), RMSNorm(d, c)
 
     def __call__(self, x, angles, attend, cache, window=None):
-        """x [B, T, D], angles of `rotary` -> (x, cache) of this layer; window: see `Transformer.views`."""
+        """x [B, T, D], angles of `rotary` -> (x, cache) of this layer; window: see `Transformer.views`.
+
+        """
         with self.config.products():
             return self._forward(x, angles, attend, cache, window)
+
+    def decode(self, x, angles, attend, cache, gate_up=None):
+        """The same in kernels for GPUs, for few tokens and without gradients or adapters.
+
+        x is (x [B, T, D], parts [n, B, T, D]): a sum that is made with the norm after it; so is the result.
+        gate_up: `kernels.quantize` of that product's weights as [2, hidden, D]; its input is quantized too then.
+        """
+        c, (x, parts) = self.config, x
+        x, h = kernels.add_norm(x, parts, *self.attention_norm.numbers())
+        qkv = sum(self._parts(h, "qkv")).astype(x.dtype)
+        q, k, v = self._heads(qkv.reshape(*x.shape[:2], *self.qkv.shape[1:]), angles)
+        attended, cache = attend(q, k, v, cache)
+        parts = self._parts(attended.reshape(*x.shape[:2], -1), "out")
+        parts = self.attention_out_norm(sum(parts).astype(x.dtype))[None] if c.post_norms else parts
+        x, h = kernels.add_norm(x, parts, *self.mlp_norm.numbers(), narrow=gate_up is not None)
+        activation, flat = ACTIVATIONS[c.activation], h if gate_up else h.reshape(-1, c.width)
+        if gate_up is not None:
+            h = kernels.narrow_product(flat, gate_up, x.dtype, lambda gate, up: activation(gate) * up)
+        elif kernels.fits(flat, c.hidden):
+            h = kernels.gated(flat, self.weight("gate_up"), activation)
+        else:
+            h = jnp.tensordot(flat, self.weight("gate_up"), 1)
+            h = activation(h[:, 0]) * h[:, 1]
+        parts = self._parts(h.reshape(*x.shape[:-1], -1), "down")
+        return (x, self.mlp_out_norm(sum(parts).astype(x.dtype))[None] if c.post_norms else parts), cache
+
+    def _parts(self, x, name):
+        """Summands of a product: x [B, T, K] -> [n, B, T, N]."""
+        flat, table = x.reshape(-1, x.shape[-1]), self.weight(name).reshape(x.shape[-1], -1)
+        plan = kernels.product_plan(flat, table.shape[1])
+        parts = jnp.dot(flat, table)[None] if plan is None else kernels.product(flat, table, plan)
+        return parts.reshape(-1, *x.shape[:-1], table.shape[1])
 
     def _product(self, x, name):
         """One of the block's products, with its adapter if there is one."""
@@ -270,7 +308,18 @@ class Block(Placed):
 
     def _forward(self, x, angles, attend, cache, window):
         c, h = self.config, self.attention_norm(x)
-        qkv = self._product(h, "qkv")
+        q, k, v = self._heads(self._product(h, "qkv"), angles)
+        attended, cache = attend(q, k, v, cache, window)
+        attended = checkpoint_name(attended, PRODUCT)
+        h = self._product(self.place(attended, None, "heads", None), "out")
+        x = x + (self.attention_out_norm(h) if c.post_norms else h)
+        h = self.place(self._product(self.mlp_norm(x), "gate_up"), None, None, "mlp")
+        h = self._product(ACTIVATIONS[c.activation](h[..., 0, :]) * h[..., 1, :], "down")
+        return self.place(x + (self.mlp_out_norm(h) if c.post_norms else h), None, None), cache
+
+    def _heads(self, qkv, angles):
+        """Queries, keys and values of their product [B, T, G, R + 2, d]: q [B, T, H, d], k, v [B, T, G, d]."""
+        c = self.config
         if c.qkv_bias:
             qkv = qkv + self.weight("qkv_bias")
         qkv = self.place(qkv, None, "kv_heads", None, None)
@@ -280,13 +329,7 @@ class Block(Placed):
         q, k = rotate(q, angles), rotate(k, angles)
         if c.query_scalar not in (None, c.head_dim):
             q = q * (c.head_dim / c.query_scalar) ** 0.5  # attention divides scores by the root of head_dim
-        attended, cache = attend(q, k, v, cache, window)
-        attended = checkpoint_name(attended, PRODUCT)
-        h = self._product(self.place(attended, None, "heads", None), "out")
-        x = x + (self.attention_out_norm(h) if c.post_norms else h)
-        h = self.place(self._product(self.mlp_norm(x), "gate_up"), None, None, "mlp")
-        h = self._product(ACTIVATIONS[c.activation](h[..., 0, :]) * h[..., 1, :], "down")
-        return self.place(x + (self.mlp_out_norm(h) if c.post_norms else h), None, None), cache
+        return q, k, v
 
 
 class Transformer(Placed):
@@ -368,11 +411,10 @@ class Transformer(Placed):
         """The blocks one by one, for a loop that must not slice stacked weights every step.
 
         Returns:
-          (apply(weights, x, angles, attend, cache, window=None) -> (x, cache), list of the layers' weights).
+          (block(weights) -> Block, list of the layers' weights).
         """
         definition, weights = nnx.split(self.blocks)
-        apply = lambda weights, *args: nnx.merge(definition, weights)(*args)
-        return apply, [jax.tree.map(lambda w: w[i], weights) for i in range(self.config.layers)]
+        return functools.partial(nnx.merge, definition), [jax.tree.map(lambda w: w[i], weights) for i in range(self.config.layers)]
 
     def table(self, *shards: int) -> jax.Array:
         """The output projection [V, D], or a copy for each of some shards: [shards, V, D].
