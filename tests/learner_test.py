@@ -221,7 +221,7 @@ def test_non_ancestors_have_exactly_zero_gradient(optimised, params):
     module = MODEL.merge(params)
 
     def hidden(x):
-        angles = module.angles(position)
+        angles = module.angles(position, 64)
         attend = attention.packed(stop, block=16)
         apply, layers = module.layers()
         for weights in layers:

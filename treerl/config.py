@@ -153,8 +153,8 @@ def default() -> ConfigDict:
     )
     config.learner = ConfigDict(
         dict(
-            bin_tokens=64,  # C: tokens that attend together
-            bins_per_step=8,  # microbatch: bins of one forward and backward pass, per shard
+            bin_tokens=72,  # C: tokens that attend together
+            bins_per_step=4,  # microbatch: bins of one forward and backward pass, per shard
             epochs=1,  # updates on the same trees
             objective="ppo",  # ppo, cispo, gspo: see treerl.losses
             clip_low=0.2,  # no gain below the ratio 1 - clip_low ...

@@ -14,7 +14,10 @@ def _pad(rows: list, width: int, what: str, field: str) -> tuple[np.ndarray, np.
     length = np.array([len(row) for row in rows], np.int32)
     if length.max() > width:
         raise UserError(f"{what} of {length.max()} tokens is longer than {field}={width}; raise {field}.")
-    return np.stack([np.pad(row, (0, width - len(row))) for row in rows]).astype(np.int32), length
+    table = np.zeros((len(rows), width), np.int32)
+    for line, row in zip(table, rows):
+        line[: len(row)] = row
+    return table, length
 
 
 def encode(task: Task, examples: list[dict], index: np.ndarray, width: int) -> Prompts:

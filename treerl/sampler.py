@@ -72,12 +72,6 @@ def _fold(key, *values):
     return jax.vmap(jax.vmap(one))(key, *values)
 
 
-def _start_key(tree_key, slot, started, row):
-    """Identity of a line that starts by a draw: (tree, slot, how often it started, row)."""
-    shape = slot.shape
-    return _fold(jnp.broadcast_to(tree_key[:, None], shape + (2,)), slot, started, row + 1)
-
-
 def _free_from(lines: Lines) -> jax.Array:
     """First row at which each slot's column holds nothing that a live line stands on: [B, K]."""
     _, slots, rows = lines.path.shape
@@ -182,6 +176,7 @@ def sample(
     batch = prompts.token.shape[0]
     first = jnp.broadcast_to(jnp.arange(slots), (batch, slots))
     tree_key = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(key, i)))(prompts.index)
+    slot_key = _fold(jnp.broadcast_to(tree_key[:, None], first.shape + (2,)), first)
     cache = policy.prefill(prompts.token, prompts.length)
 
     def decide(carry: _Carry, logits, grows):
@@ -217,8 +212,10 @@ def sample(
         row = births.row + 1
         path = jnp.where(jnp.arange(rows) < row[..., None], take(lines.path, births.line), T.NONE)
         complement = jnp.uint32(0xFFFFFFFF) - row.astype(jnp.uint32)  # never the key of a draw
-        child = _fold(take(lines.key, births.line), complement, births.token)
-        fresh = _start_key(tree_key, first, lines.started, births.row)
+        # a fork's identity is (its parent's, row, token), that of a start (tree, slot, how often it started, row)
+        either = lambda fork, start: jnp.where(forced, fork.astype(jnp.uint32), start.astype(jnp.uint32))
+        base = jnp.where(forced[..., None], take(lines.key, births.line), slot_key)
+        key = _fold(base, either(complement, lines.started), either(births.token, row))
         pick = lambda new, old: jnp.where(born.reshape(born.shape + (1,) * (old.ndim - 2)), new, old)
         return Lines(
             status=pick(ACTIVE, lines.status),
@@ -228,7 +225,7 @@ def sample(
             parent=pick(jnp.where((births.row >= 0) | forced, births.line, -1), lines.parent),
             may_fork=pick(births.may_fork, lines.may_fork),
             started=lines.started + (born & ~forced),
-            key=pick(jnp.where(forced[..., None], child, fresh), lines.key),
+            key=pick(key, lines.key),
         )
 
     def clear(lines: Lines, grid: dict, born) -> dict:

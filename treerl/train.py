@@ -142,7 +142,7 @@ class Run:
         self.experiment, self.workdir, self.checkpoints, self.signals = experiment, workdir, checkpoints, signals
         self.state, self.extra, self.begin = state, extra, begin
         self.done, self.position = int(state.step), int(state.position)
-        self._stream, self._watchdog, self._faults = experiment.stream(), Watchdog(), {}
+        self._stream, self._prompts, self._watchdog, self._faults = experiment.stream(), None, Watchdog(), {}
         self._bar = tqdm(total=experiment.config.steps, initial=self.done, desc="train", disable=not progress)
 
     @contextlib.contextmanager
@@ -177,16 +177,21 @@ class Run:
             f"step {self.checkpoints.latest_step}, and the same command goes on from there."
         )
 
+    def _read(self, position: int):
+        """The prompts of a step, on the mesh, from a position of the stream on."""
+        return self.experiment.prompts(*self._stream.examples(position, self.experiment.config.sampler.prompts))
+
     def step(self, trace: profiling.Trace) -> dict:
         """The next update; its metrics, on the host."""
         config, number, tick = self.experiment.config, self.done + 1, time.monotonic()
-        examples, index = self._stream.examples(self.position, config.sampler.prompts)
         with self._watchdog.step(number), trace.step(number):
-            prompts = self.experiment.prompts(examples, index)
+            prompts = self._prompts or self._read(self.position)
             try:
                 self.state, values = self.experiment.train_step(self.state, prompts, self.experiment.knobs, self.signals.check)
             except Stopped:
                 self.stop_if_asked()
+            # while the device works
+            self._prompts = self._read(self.position + config.sampler.prompts) if number < config.steps else None
             shown = values.pop("samples", None)
             values = jax.device_get(values)
         self.done, self.position = number, self.position + config.sampler.prompts

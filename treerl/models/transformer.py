@@ -127,13 +127,15 @@ def frequencies(size: int, theta: float, scaling: Llama3Scaling | None = None) -
     return frequency * (kept + (1 - kept) / scaling.factor)
 
 
-def rotary(position: jax.Array, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rotary(position: jax.Array, frequency: jax.Array, reach: int) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of the rotary angles: position [B, T], frequency [d / 2] -> two of float32 [B, T, 1, d / 2].
 
-    Computed once a forward, behind a barrier: fused into every use they cost more than the layers.
+    Read from a table of all positions below `reach` (static), behind a barrier: fused into every use, cosines cost more
+    than the layers, and on a CPU XLA takes barriers away.
     """
-    angle = position[..., None, None] * frequency
-    return jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
+    angle = jnp.arange(reach)[:, None] * frequency
+    table = jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+    return jax.lax.optimization_barrier(tuple(table[:, position, None]))
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -314,7 +316,8 @@ class Block(Placed):
         h = self._product(self.place(attended, None, "heads", None), "out")
         x = x + (self.attention_out_norm(h) if c.post_norms else h)
         h = self.place(self._product(self.mlp_norm(x), "gate_up"), None, None, "mlp")
-        h = self._product(ACTIVATIONS[c.activation](h[..., 0, :]) * h[..., 1, :], "down")
+        gate, up = (jnp.squeeze(x, -2) for x in jax.lax.split(h, (1, 1), axis=h.ndim - 2))
+        h = self._product(ACTIVATIONS[c.activation](gate) * up, "down")
         return self.place(x + (self.mlp_out_norm(h) if c.post_norms else h), None, None), cache
 
     def _heads(self, qkv, angles):
@@ -323,7 +326,8 @@ class Block(Placed):
         if c.qkv_bias:
             qkv = qkv + self.weight("qkv_bias")
         qkv = self.place(qkv, None, "kv_heads", None, None)
-        q, k, v = rearrange(qkv[..., :-2, :], "b t g r h -> b t (g r) h"), qkv[..., -2, :], qkv[..., -1, :]
+        q, k, v = jax.lax.split(qkv, (c.heads // c.kv_heads, 1, 1), axis=3)  # whose gradient is one array, not a sum of three
+        q, k, v = (rearrange(x, "b t g r h -> b t (g r) h") for x in (q, k, v))
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, angles), rotate(k, angles)
@@ -352,10 +356,10 @@ class Transformer(Placed):
         # the factor too is rounded to the dtype, as transformers does
         return x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.embed_scale else x
 
-    def angles(self, position):
-        """Rotary angles of positions [B, T], for the global layers."""
+    def angles(self, position, reach: int):
+        """Rotary angles of positions [B, T], all below `reach` (static), for the global layers."""
         c = self.config
-        return rotary(position, frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        return rotary(position, frequencies(c.head_dim, c.rope_theta, c.rope_scaling), reach)
 
     def views(self, position, reach: int):
         """How global layers look at positions [B, T], and how local ones do, in a model that has them.
@@ -367,10 +371,10 @@ class Transformer(Placed):
           [(angles, window)] of one or two; windows count the positions in sight, the query's own
           included, and are None where none is as short as to hide something within `reach`.
         """
-        c, all_seen = self.config, (self.angles(position), None)
+        c, all_seen = self.config, (self.angles(position, reach), None)
         if not any(c.local):
             return [all_seen]
-        local = rotary(position, frequencies(c.head_dim, c.local_rope_theta))
+        local = rotary(position, frequencies(c.head_dim, c.local_rope_theta), reach)
         windows = (reach, c.window) if c.window < reach else (None, None)
         return list(zip((all_seen[0], local), windows))
 
