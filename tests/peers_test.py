@@ -164,6 +164,13 @@ def test_torch_goes_first_and_only_where_it_is_asked_for(monkeypatch):
     assert order == [("learner", dict(shape=None, beside=False, outside=None)), ("step", dict(shape=None)), ("growth", {})]
 
 
+def test_torch_finds_a_device_that_jax_has_not_taken():
+    """Importing the suites must not start JAX: on a GPU it takes most of the memory at once."""
+    code = "from jax._src import xla_bridge; from treerl import bench; print(xla_bridge.backends_are_initialized())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+
+
 # --- with the packages -----------------------------------------------------------------------------
 
 

@@ -3,6 +3,10 @@
 Independent samples that all run to the last row, as in `bench.sampler`, prefill taken off. K = 4 ... 64 slots share
 the same number of lines among fewer and fewer prompts; S = 128 ... 4,096 rows are grown at one number of slots. Programs of
 1,024 rows and more run once, without a turn before that does not count: compiled ahead, they have little to start.
+
+The figure, from a file that `launch.bench --suite=growth --out=growth.jsonl` wrote:
+
+    python -c "import json; from treerl.bench import growth; growth.draw('growth.svg', map(json.loads, open('growth.jsonl')))"
 """
 import functools
 
@@ -79,7 +83,7 @@ def measured(model: Model, params, sizes: dict, slots: int, length: int):
     return grow._replace(run=None), seconds, sampler.work_per_step(model.config, params, tree, sizes["prompt"])
 
 
-def draw(path, rows: list[dict]) -> None:
+def draw(path, rows) -> None:
     """Draws the suite's rows as an SVG: ms a step over slots and over rows, and the limit of each."""
     found = {row["name"]: row["value"] for row in rows}
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "treerl"}):
@@ -88,8 +92,6 @@ def draw(path, rows: list[dict]) -> None:
             x = sorted({int(name.split(".")[0].split("_")[1]) for name in found if name.startswith(f"{axis}_")})
             for what, label in dict(step="measured", limit="limit").items():
                 place.plot(x, [found[f"{axis}_{n}.{what}"] for n in x], marker="o", label=label)
-            place.set_xscale("log", base=2)
-            place.set_xticks(x, [str(n) for n in x])
             place.set_ylim(bottom=0)
             place.set_xlabel(dict(slots="slots of a tree, K", rows="rows, S")[axis])
             place.set_ylabel("ms a step")
