@@ -54,10 +54,11 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def family(config) -> str:
     """Which of the models that the peers have this shape is of: qwen2 or qwen3. Raises ValueError for another."""
-    others = config.rope_scaling, config.embed_scale, config.norm_plus_one, config.post_norms, any(config.local), config.query_scalar
-    if any(others) or config.activation != "silu" or config.qk_norm == config.qkv_bias:
+    c = config
+    others = c.rope_scaling, c.embed_scale, c.norm_plus_one, c.post_norms, any(c.local), c.query_scalar, c.activation != "silu"
+    if any(others) or c.qk_norm == c.qkv_bias:
         raise ValueError("it has no model of this shape")
-    return "qwen3" if config.qk_norm else "qwen2"
+    return "qwen3" if c.qk_norm else "qwen2"
 
 
 # --- google-tunix ----------------------------------------------------------------------------------

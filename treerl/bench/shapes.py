@@ -1,4 +1,4 @@
-"""The shapes of work that the sampler, the learner and the step are measured at, by letter; `defaults` of each suite adds the rest."""
+"""The shapes of work that sampler, learner and step are measured at, by letter; `defaults` of each suite adds the rest."""
 
 SHAPES = {
     "A": dict(preset="qwen2.5-1.5b", prompts=16, slots=8, prompt=256, rows=512),

@@ -100,8 +100,8 @@ def make_halves(built: Built, mesh):
 
     def credit(state, tree, prompts, knobs):
         reward = S.grade(fns, tree, prompts).reward
-        credit, leaf_weight, *_ = S.estimate(fns, state, tree, prompts, S.shape_reward(fns, tree, reward), knobs, graded=reward)
-        cells, denominators = jax.vmap(lambda *tree: S.weigh(fns, *tree, knobs))(tree, credit, leaf_weight)
+        found, leaf_weight, *_ = S.estimate(fns, state, tree, prompts, S.shape_reward(fns, tree, reward), knobs, graded=reward)
+        cells, denominators = jax.vmap(lambda *tree: S.weigh(fns, *tree, knobs))(tree, found, leaf_weight)
         credited = (cells.positive != 0) | (cells.negative != 0)
         tokens = jax.vmap(lambda tree, used: T.token_count(packing.trim(tree, used))[0])(tree, credited)
         return reward, cells, jnp.sum(denominators), jnp.sum(tokens) + prompts.token.size
@@ -176,7 +176,7 @@ def rows(*, shape=None, **sizes):
     yield row("sampling.step", 1e3 * times["sampling"].median / sizes["rows"], "ms a new token of a line, prefill included")
     done = measure.learning_flops(fns.model.config, int(packed))
     yield row("matrix_peak", peak / 1e12, "TFLOP/s")
-    yield row("learner.utilisation", done / times["learner"].median / peak, "model FLOPs over the matrix peak")
+    yield row("learner.utilisation", done / times["learner"].median / peak, "model FLOPs over the matrix peak, Adam's time included")
     for name, time in credit_times.items():
         yield row(f"advantage.{name}", time.median, "s", versus="step", ratio=time.median / seconds)
     yield row("unique_tokens", metrics["unique_tokens"], "of flattened answer tokens")
