@@ -42,6 +42,7 @@ setup(
         "gym": ["reasoning-gym"],  # a hundred text tasks
         "textworld": ["textworld"],  # text adventures; builds a part in C
         "test": ["pytest", "pytest-xdist", "reasoning-gym", "gcsfs", "gcp-storage-emulator"],
+        "peers": ["google-tunix", "torch", "transformers", "peft"],  # measured beside treerl by launch.bench
         "notebooks": ["jupyter", "nbconvert", "ipykernel"],
     },
 )

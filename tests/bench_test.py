@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import subprocess
@@ -9,17 +10,23 @@ import numpy as np
 import pytest
 
 from treerl import tree as T
-from treerl.bench import SUITES, devices, estimators, learner, measure, pruning, sampler, synthetic
+from treerl import sharding
+from treerl.bench import SHAPED, SHAPES, SUITES, devices, estimators, growth, learner, measure, pruning, sampler, step, synthetic
 from treerl.models.presets import PRESETS
+from treerl.models.transformer import Model
 
 TINY = dict(PRESETS["tiny"], layers=1, width=16, heads=2, kv_heads=1, head_dim=8, hidden=16)
 GROUP = dict(preset="toy", dtype="float32", prompts=2, slots=4, prompt=5, rows=8, repeats=2)
 LEARNER = dict(GROUP, shared=0.5, bin_tokens=(16, 32), step_tokens=32, vocab_chunk=16, remat="none")
 TOY = {
-    "sampler": dict(GROUP, segment=2, lengths=(), windows=(2, 3), read_bytes=2**20),
+    "sampler": dict(GROUP, segment=2, lengths=(), windows=(2, 3), detection=4, read_bytes=2**20),
     "learner": LEARNER,
     "step": dict(
         GROUP, segment=2, lengths=(), windows=(2,), bin_tokens=32, bins_per_step=1, vocab_chunk=16, remat="none"
+    ),
+    "growth": dict(
+        preset="toy", dtype="float32", lines=4, prompt=5, slots=(1, 4), rows_then=8, rows=(4, 8), slots_then=4, segment=2,
+        repeats=1, read_bytes=2**20,
     ),
     "estimators": dict(
         trees=8, slots=8, rows=16, part=2, chunk=4, groups=2, trajectories=4, steps=6, states=3, repeats=1
@@ -175,13 +182,127 @@ def test_forked_trees_are_trees(slots, last_fork):
         assert np.all(np.asarray(T.leaf_count(one))[:last_fork].max(axis=1) >= 2)
 
 
-def test_bytes_of_a_step_count_what_is_above_the_head():
-    config = measure.model_config("toy")
+def test_work_of_a_step_by_hand():
+    """Three rows; column 1 is born in row 1 from column 0, and in the second tree ends there; column 2 of the first runs alone."""
+    config = measure.model_config("toy")  # one layer, width 16, 2 heads of 8, one of keys, hidden 16, vocabulary 21
+    used = np.array([[[1, 0, 1], [1, 1, 1], [1, 1, 1]], [[1, 0, 0], [1, 1, 0], [1, 0, 0]]], bool)
+    parent = np.where(used, np.array([[-1, -1, -1], [0, 0, 2], [0, 1, 2]]), -1)
+    work = sampler.work_per_step(config, dict(a=np.zeros((5,), np.float32)), Grown(used, parent), prompt=6)
+    # the cell in row 0 is read before rows 1 and 2, once for both lines; one in row 1 before row 2; one in row 2 never
+    cells = ((2 + 2) + (1 + 1 + 1) + 2 + 1) / 3  # of the second tree's last two, one line stopped and is not read again
+    assert work.bytes == pytest.approx(20 + 2 * 1 * 8 * 4 * (2 * 6 + cells))
+    products = 16 * (2 + 2) * 8 + 16 * 2 * 8 + 3 * 16 * 16 + 21 * 16
+    lines, keys = (8 + 4) / 3, (3 * 6 + 5 * 7 + 4 * 8) / 3
+    assert work.flops == pytest.approx(2 * products * lines + 4 * 2 * 8 * keys)
+    untied = dict(embedding=np.zeros((2,), np.float32), b=np.zeros((3,), np.float32))
+    alone = sampler.work_per_step(dataclasses.replace(config, tied=False), untied, Grown(used, parent), prompt=6)
+    assert work.bytes - alone.bytes == 8  # the table is looked into, not read
+
+
+class Grown:
+    def __init__(self, used, parent):
+        self.used, self.parent = used, parent
+
+
+def test_all_lines_of_whole_trees_read_what_is_above_their_heads():
     used = np.ones((2, 3, 4), bool)
-    token = 2 * 1 * 1 * 8 * 4  # keys and values, layers, heads, size, bytes
-    cells = (0 + 8 + 16) / 3  # before the first, the second and the third token
-    params = dict(a=np.zeros((5,), np.float32))
-    assert sampler.bytes_per_step(config, params, used, prompt=6) == 20 + token * (2 * 6 + cells)
+    parent = np.where(np.arange(3)[:, None] > 0, np.arange(4), -1) * np.ones((2, 1, 1), int)
+    work = sampler.work_per_step(measure.model_config("toy"), {}, Grown(used, parent), prompt=6)
+    assert work.bytes == 2 * 1 * 8 * 4 * (2 * 6 + (0 + 8 + 16) / 3)
+
+
+def test_the_limit_is_the_larger_of_two():
+    work = sampler.Work(bytes=60.0, flops=100.0)
+    assert work.limit(10.0, 50.0) == (6.0, "bytes") and work.limit(60.0, 50.0) == (2.0, "arithmetic")
+
+
+@pytest.mark.parametrize("preset", ["toy", *sorted({shape["preset"] for shape in SHAPES.values()})])
+def test_parameters_of_products_are_those_of_the_model(preset):
+    """All but norms, biases and, where the output has a table of its own, the embedding."""
+    config = measure.model_config(preset, lora_rank=3)
+    model = Model(config)
+    adapters, rest = model.split(model.shapes())
+    sizes = {jax.tree_util.keystr(path): x.size for path, x in jax.tree_util.tree_leaves_with_path(rest)}
+    products = sum(n for name, n in sizes.items() if not any(word in name for word in ("norm", "bias", "'embedding'")))
+    products += sizes["['embedding']"] if config.tied else 0
+    assert measure.product_parameters(config) == products
+    assert measure.adapter_parameters(config) == sum(x.size for x in jax.tree.leaves(adapters))
+    assert measure.learning_flops(config, 10) == 10 * (4 * products + 6 * measure.adapter_parameters(config))
+    assert measure.learning_flops(dataclasses.replace(config, lora_rank=0), 10) == 60 * products
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_fit_together(name):
+    found = {suite.__name__.rpartition(".")[2]: suite.defaults(name) for suite in (sampler, learner, step)}
+    assert set(found) == set(SHAPED)
+    for suite, sizes in found.items():
+        assert sizes.items() >= dict(SHAPES[name], shape=name, dtype="bfloat16").items(), suite
+        assert set(sizes) - {"shape", "lora_rank", "param_dtype"} == set(TOY[suite])
+    grow, learn, whole = found["sampler"], found["learner"], found["step"]
+    assert max(grow["windows"]) <= grow["rows"] and grow["detection"] % grow["segment"] == 0 == grow["rows"] % grow["segment"]
+    width = learn["prompt"] + learn["rows"]
+    assert all(width <= size <= learn["step_tokens"] and size % 64 == 0 for size in learn["bin_tokens"])
+    assert width <= whole["bin_tokens"] and whole["bin_tokens"] % 64 == 0
+    parameters = measure.product_parameters(measure.model_config(learn["preset"]))
+    assert 16 * parameters < 60e9 or learn["lora_rank"] == whole["lora_rank"] > 0  # float32: weights, gradient, two moments
+
+
+def test_pruned_samples_drop_half_of_their_lines_at_the_detection():
+    rows = named("sampler")
+    assert rows["pruned.live_slots"]["value"] == (4 * 4 + 2 * 4) / 8
+    assert rows["pruned.limit"]["value"] < rows["stochastic.limit"]["value"]
+
+
+@pytest.mark.parametrize("rule, iterations, pruned", [("stochastic", 7, 0), ("stochastic", 8, 1), ("pruned", 8, 0)])
+def test_a_rule_that_did_something_else_raises(rule, iterations, pruned):
+    class Stats:
+        pass
+
+    stats = Stats()
+    stats.iterations, stats.pruned = np.array([iterations] * 2), np.array([pruned] * 2)
+    with pytest.raises(ValueError, match=f"sampler suite: {rule} took"):
+        sampler.check_ran(rule, stats, TOY["sampler"])
+
+
+def test_adapters_are_trained_at_fewer_operations():
+    sizes = dict(TOY["learner"], bin_tokens=(32,), lora_rank=2, param_dtype="float32")
+    rows = {row["name"]: row["value"] for row in learner.rows(**sizes)}
+    config = measure.model_config("toy", lora_rank=2)
+    flops = rows["unique_tokens"] * (4 * measure.product_parameters(config) + 6 * measure.adapter_parameters(config))
+    assert rows["packed_32.utilisation"] * rows["packed_32"] * rows["matrix_peak"] * 1e12 == pytest.approx(flops)
+    assert rows["packed_32.gradient_difference"] < 1e-4
+
+
+def test_the_halves_of_a_step_make_the_step():
+    """Sampling and learner as they are timed alone, one after the other, update the state as the whole step does."""
+    config, mesh = step.make_config(TOY["step"]), sharding.make_mesh()
+    config.optimizer.update(learning_rate=0.01, warmup_steps=0)
+    built = step.build(config, TINY["vocab"], mesh)
+    sampling, credit, learn = step.make_halves(built, mesh)
+    state, prompts, knobs = built.arguments()
+    tree = sampling(state, prompts, knobs)
+    _, cells, denominator, tokens = credit(state, tree, prompts, knobs)
+    assert tokens == jnp.sum(jax.vmap(T.token_count)(tree)[0]) + prompts.token.size
+    mine, _ = learn(state, tree, prompts, cells, denominator, knobs)
+    whole, _ = built.step(*built.arguments())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), mine.params, whole.params)
+    start = built.arguments()[0].params
+    assert any(np.abs(a - b).max() > 5e-3 for a, b in zip(jax.tree.leaves(mine.params), jax.tree.leaves(start)))
+
+
+def test_sampling_and_learner_of_a_step_are_added():
+    rows = named("step")
+    assert rows["sampling_and_learner"]["versus"] == "step"
+    assert rows["sampling_and_learner"]["value"] > max(rows[name]["value"] for name in ("sampling", "learner"))
+
+
+def test_growth_is_drawn(tmp_path):
+    rows = named("growth")
+    assert rows["slots_4.step"]["value"] == rows["rows_8.step"]["value"]  # the same trees, measured once
+    assert rows["rows_4.limit"]["value"] < rows["rows_8.limit"]["value"]
+    growth.draw(tmp_path / "growth.svg", run("growth"))
+    text = (tmp_path / "growth.svg").read_text()
+    assert text.startswith("<?xml") and all(word in text for word in ("slots of a tree, K", "rows, S", "limit"))
 
 
 def test_turns_run_backwards_every_second_time():
@@ -210,7 +331,19 @@ def launch(module, *flags):
 def test_unknown_suite_is_one_sentence():
     result = launch("bench", "--suite=nothing")
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.strip() == "--suite=nothing is unknown; the suites are sampler, learner, step, estimators, pruning, devices, scaling, checkpoint, meshes, environments."
+    assert result.stderr.strip() == "--suite=nothing is unknown; the suites are sampler, learner, step, growth, estimators, pruning, devices, scaling, checkpoint, meshes, environments."
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (("sampler", "A,E"), "--shape=E is unknown; the shapes are A, B, C, D."),
+        (("growth", "A"), "--suite=growth has no shapes; leave out --shape, or choose one of sampler, learner, step."),
+    ],
+)
+def test_a_wrong_shape_is_one_sentence(flags, sentence):
+    result = launch("bench", f"--suite={flags[0]}", f"--shape={flags[1]}")
+    assert (result.returncode, result.stdout, result.stderr.strip()) == (1, "", sentence)
 
 
 def test_evaluating_no_run_is_one_sentence(tmp_path):

@@ -11,8 +11,12 @@ shared by two leaves or more (`shared`). The two losses must agree, else the sui
 sizes of bins are ones that these trees fill when a tree is split into 4, 2 and 1 bins: attention
 within a bin is dense, so its cost grows with the bin, and what is left empty is paid for too.
 
-Model FLOPs utilisation: 6 x parameters x tokens (unique ones of packed trees, all of flattened rows) over the time and
-the speed of a large matrix product in the same run; attention and what is computed again are not counted.
+Model FLOPs utilisation: 6 x parameters of the products x tokens (unique ones of packed trees, all of flattened rows)
+over the time and the speed of a large matrix product in the same run; attention and what is computed again are not
+counted. With adapters (shape D) it is 4 x for the frozen weights, whose gradient nobody computes.
+
+The peer, `transformers_update`, goes through all rollouts as rows in a process of its own (see `bench.peers`); its
+ratio is to the fastest bins.
 """
 import functools
 
@@ -24,7 +28,7 @@ import optax
 from treerl import attention, learner, losses, packing, sharding
 from treerl import step as S
 from treerl import tree as T
-from treerl.bench import measure, synthetic
+from treerl.bench import measure, peers, shapes, synthetic
 from treerl.models.policy import token_logps
 from treerl.models.presets import PRESETS
 
@@ -32,13 +36,20 @@ KNOBS = dict(temperature=1.0, clip_low=0.2, clip_high=0.2, dual_clip=jnp.inf, kl
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of the two losses, in units of the mean absolute credit
 
 
-def defaults() -> dict:
-    """Sizes for this machine."""
-    if measure.on_accelerator():
-        return dict(
-            preset="qwen2.5-1.5b", dtype="bfloat16", prompts=16, slots=8, prompt=256, rows=512, shared=0.5,
-            bin_tokens=(1024, 2048, 4096), step_tokens=16384, vocab_chunk=1024, remat="products", repeats=5,
-        )  # fmt: skip
+LAYOUT = {  # of each shape: bins that its trees fill when split into 4, 2 and 1, or into 2 and 1; tokens at a time
+    "A": dict(bin_tokens=(1024, 2048, 4096)),
+    "B": dict(bin_tokens=(6144, 10240)),
+    "C": dict(bin_tokens=(2048, 4096)),
+    "D": dict(bin_tokens=(1536, 2560), step_tokens=5120, **shapes.LORA["D"]),
+}
+
+
+def defaults(shape: str | None = None) -> dict:
+    """Sizes of a shape (see `shapes`); without one, A on an accelerator and a small one on a CPU."""
+    if shape is not None or measure.on_accelerator():
+        shape = shape or "A"
+        others = dict(shared=0.5, step_tokens=16384, vocab_chunk=1024, remat="products", repeats=5)
+        return shapes.sizes(shape, **others) | LAYOUT[shape]
     return dict(
         preset="tiny", dtype="float32", prompts=32, slots=8, prompt=20, rows=64, shared=0.5,
         bin_tokens=(128, 224, 416), step_tokens=1024, vocab_chunk=1024, remat="none", repeats=5,
@@ -153,9 +164,10 @@ def shared_share(tree: T.Tree, width: int) -> float:
     return shared / (count.sum() + width * leaves.sum())
 
 
-def rows(**sizes):
-    """Yields rows of the suite; `sizes` replace `defaults()`."""
-    sizes = {**defaults(), **sizes}
+def rows(*, shape=None, beside=False, outside=None, **sizes):
+    """Yields rows of the suite; `sizes` replace `defaults(shape)`, `outside` is what `peers.outside` found."""
+    del beside  # the peer has a process of its own
+    sizes = {**defaults(shape), **sizes}
     vocab, width = PRESETS[sizes["preset"]]["vocab"], sizes["prompt"]
     batch, slots = sizes["prompts"], sizes["slots"]
     all_fns = {size: make_fns(sizes, size) for size in sizes["bin_tokens"]}
@@ -192,11 +204,18 @@ def rows(**sizes):
     del flat_grads
     turns = {name: functools.partial(program.run, params, *inputs) for name, program in programs.items()}
     times = measure.alternate(turns, sizes["repeats"])
-    peak, weights = measure.matrix_peak(sizes["dtype"]), sum(x.size for x in jax.tree.leaves(params))
+    peak, flops = measure.matrix_peak(sizes["dtype"]), functools.partial(measure.learning_flops, fns.model.config)
     yield row("matrix_peak", peak / 1e12, "TFLOP/s")
-    for name, time in times.items():
-        against = dict(versus="flattened", ratio=time.over(times["flattened"])) if name != "flattened" else {}
+    fastest = min(runs, key=lambda name: times[name].median)
+    others = peers.matching(outside, sizes)
+    for name, time in (times | {name: other.times for name, other in others.items()}).items():
+        against = dict(versus="flattened", ratio=time.over(times["flattened"])) if name in runs else {}
+        if name in others:
+            against = dict(versus=fastest, ratio=time.median / times[fastest].median)
+            yield row(f"{name}.first_call", others[name].first_seconds, "s")
+            if others[name].peak_bytes:
+                yield row(f"{name}.peak_memory", others[name].peak_bytes, "bytes")
         yield row(name, time.median, "s", **against)
         yield row(f"{name}.tokens", flat / time.median, "rollout tokens/s")
-        done = 6 * weights * (flat if name == "flattened" else unique)
+        done = flops(unique if name in runs else flat)
         yield row(f"{name}.utilisation", done / time.median / peak, "model FLOPs over the matrix peak")

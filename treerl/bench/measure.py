@@ -113,6 +113,28 @@ def matrix_peak(dtype: str) -> float:
     return times * 2 * size**3 / min(alternate(dict(product=lambda: run(x)), 3)["product"].seconds)
 
 
+def product_parameters(config: TransformerConfig) -> int:
+    """Parameters of the matrix products that a token goes through: blocks and output table; a lookup is no product."""
+    heads = 2 * config.heads + 2 * config.kv_heads  # queries and output, keys and values
+    return config.layers * config.width * (heads * config.head_dim + 3 * config.hidden) + config.vocab * config.width
+
+
+def adapter_parameters(config: TransformerConfig) -> int:
+    """Parameters of the adapters of `model.lora_rank`, 0 without."""
+    c, inner = config, config.heads * config.head_dim
+    ends = c.width + inner + 2 * c.kv_heads * c.head_dim, inner + c.width, c.width + 2 * c.hidden, c.hidden + c.width
+    return c.layers * c.lora_rank * sum(ends)
+
+
+def learning_flops(config: TransformerConfig, tokens: int) -> float:
+    """Operations of a forward and a backward pass: 6 a token and parameter of the products, 4 where it is frozen.
+
+    Attention and what is computed again are not counted. A frozen weight has no gradient: that third is not done.
+    """
+    adapters = adapter_parameters(config)
+    return tokens * ((4 if adapters else 6) * product_parameters(config) + 6 * adapters)
+
+
 def bytes_of(tree) -> int:
     """Bytes of all arrays of a pytree."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -3,7 +3,12 @@
 Random weights give no thresholds that mean anything, so the lookahead rule's are open (every
 token a candidate, none pruned, see `bench.sampler`): a tree fills its slots in two steps and
 every line runs to the last row. The rest is the default config: depth-wise advantages, Adam.
-Parameters and moments are float32 whatever the activations are.
+Parameters and moments are float32 whatever the activations are; of shape D adapters are trained.
+
+`sampling` grows the trees of a step, `learner` packs trees of one, with their credit, and updates the same state: two
+programs of their own, each timed in turns with the whole step. What share of the step they are is the median over turns of
+their sum over the step's time: what the step does beside them is grading, credit and metrics. Two programs are not one:
+if the compiler saves work between the halves, or copies results out of each, the share is above what it is inside.
 """
 import functools
 from typing import Callable, NamedTuple
@@ -11,22 +16,29 @@ from typing import Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from treerl import sharding
+from treerl import packing, sharding
 from treerl import step as S
+from treerl import tree as T
 from treerl.advantages import ESTIMATORS
-from treerl.bench import estimators, measure, synthetic
+from treerl.bench import estimators, measure, shapes, synthetic
 from treerl.checkpoint import abstract
 from treerl.models.presets import PRESETS
 
 
-def defaults() -> dict:
-    """Sizes for this machine."""
-    if measure.on_accelerator():
-        return dict(
-            preset="qwen2.5-1.5b", dtype="bfloat16", prompts=16, slots=8, prompt=256, rows=512, segment=32,
-            lengths=(), windows=(20, 30, 50), bin_tokens=2048, bins_per_step=8, vocab_chunk=1024,
-            remat="products", repeats=3,
-        )  # fmt: skip
+LAYOUT = {  # what goes through the learner at a time
+    "A": dict(bin_tokens=2048, bins_per_step=8),
+    "B": dict(bin_tokens=10240, bins_per_step=1),
+    "C": dict(bin_tokens=2048, bins_per_step=8),
+    "D": dict(bin_tokens=2560, bins_per_step=2, **shapes.LORA["D"]),
+}
+
+
+def defaults(shape: str | None = None) -> dict:
+    """Sizes of a shape (see `shapes`); without one, A on an accelerator and a small one on a CPU."""
+    if shape is not None or measure.on_accelerator():
+        shape = shape or "A"
+        others = dict(segment=32, lengths=(), windows=(20, 30, 50), vocab_chunk=1024, remat="products", repeats=3)
+        return shapes.sizes(shape, **others) | LAYOUT[shape]
     return dict(
         preset="tiny", dtype="float32", prompts=32, slots=8, prompt=20, rows=20, segment=4,
         lengths=(), windows=(4, 6), bin_tokens=128, bins_per_step=8, vocab_chunk=1024,
@@ -74,11 +86,46 @@ def build(config, vocab: int, mesh) -> Built:
     )  # fmt: skip
 
 
-def rows(**sizes):
-    """Yields rows of the suite; `sizes` replace `defaults()`."""
-    sizes = {**defaults(), **sizes}
+def make_halves(built: Built, mesh):
+    """The parts of a step that are timed alone: jitted (sampling, credit, learner).
+
+    sampling(state, prompts, knobs) -> Tree. credit(state, tree, prompts, knobs) -> (rewards [B, L], Cells, denominator [],
+    tokens that are packed [], prompts included). learner(state, tree, prompts, cells, denominator, knobs) -> (state, metrics),
+    the state donated.
+    """
+    fns, shardings, trees, whole = built.fns, S.state_shardings(built.fns), sharding.trees(mesh), sharding.replicated(mesh)
+
+    def sampling(state, prompts, knobs):
+        return S.rollout(fns, state.params, prompts, jax.random.wrap_key_data(state.key), state.step, knobs).tree
+
+    def credit(state, tree, prompts, knobs):
+        reward = S.grade(fns, tree, prompts).reward
+        found, leaf_weight, *_ = S.estimate(fns, state, tree, prompts, S.shape_reward(fns, tree, reward), knobs, graded=reward)
+        cells, denominators = jax.vmap(lambda *tree: S.weigh(fns, *tree, knobs))(tree, found, leaf_weight)
+        credited = (cells.positive != 0) | (cells.negative != 0)
+        tokens = jax.vmap(lambda tree, used: T.token_count(packing.trim(tree, used))[0])(tree, credited)
+        return reward, cells, jnp.sum(denominators), jnp.sum(tokens) + prompts.token.size
+
+    def learner(state, tree, prompts, cells, denominator, knobs):
+        return S.learn(fns, state, tree, prompts, cells, denominator, knobs)
+
+    return (
+        jax.jit(sampling, in_shardings=(shardings, trees, whole), out_shardings=trees),
+        jax.jit(credit, in_shardings=(shardings, trees, trees, whole), out_shardings=(trees, trees, whole, whole)),
+        jax.jit(
+            learner, in_shardings=(shardings, trees, trees, trees, whole, whole), out_shardings=(shardings, whole),
+            donate_argnums=0,
+        ),
+    )  # fmt: skip
+
+
+def rows(*, shape=None, **sizes):
+    """Yields rows of the suite; `sizes` replace `defaults(shape)`."""
+    sizes = {**defaults(shape), **sizes}
     config = make_config(sizes)
-    fns, step, arguments, _ = build(config, PRESETS[sizes["preset"]]["vocab"], sharding.make_mesh(**config.mesh))
+    mesh = sharding.make_mesh(**config.mesh)
+    built = build(config, PRESETS[sizes["preset"]]["vocab"], mesh)
+    fns, step, arguments, _ = built
     state, prompts, knobs = arguments()
     row = functools.partial(measure.row, "step", shapes=sizes)
 
@@ -90,11 +137,14 @@ def rows(**sizes):
     yield row("compile_from_cache", step.compile_seconds, "s", versus="compile", ratio=step.compile_seconds / cold)
     yield row("peak_memory", step.peak_bytes, "bytes")
 
-    def rollout(params, prompts, key, number, knobs):
-        tree, *_ = S.rollout(fns, params, prompts, jax.random.wrap_key_data(key), number, knobs)
-        return tree, S.grade(fns, tree, prompts).reward
-
-    sampling = measure.compiled(rollout, state.params, prompts, state.key, state.step, knobs)
+    sampling, credit, learner = make_halves(built, mesh)
+    sampling = measure.compiled(sampling, state, prompts, knobs)
+    tree = sampling.run(state, prompts, knobs)
+    reward, cells, denominator, packed = credit(state, tree, prompts, knobs)
+    learner = measure.compiled(learner, state, tree, prompts, cells, denominator, knobs)
+    for name, program in dict(sampling=sampling, learner=learner).items():
+        yield row(f"{name}.compile", program.compile_seconds, "s")
+        yield row(f"{name}.peak_memory", program.peak_bytes, "bytes")
     metrics = {}
 
     def run_step():
@@ -103,19 +153,30 @@ def rows(**sizes):
         return metrics
 
     def run_sampling():
-        return sampling.run(state.params, prompts, state.key, state.step, knobs)
+        return sampling.run(state, prompts, knobs)
 
-    times = measure.alternate(dict(step=run_step, sampling=run_sampling), sizes["repeats"])
-    graded = run_sampling()
-    credits = {name: measure.compiled(estimators.credit_of(name), *graded).run for name in ESTIMATORS}
-    credit_times = measure.alternate({k: functools.partial(run, *graded) for k, run in credits.items()}, sizes["repeats"])
+    def run_learner():
+        nonlocal state
+        state, told = learner.run(state, tree, prompts, cells, denominator, knobs)
+        return told
+
+    times = measure.alternate(dict(step=run_step, sampling=run_sampling, learner=run_learner), sizes["repeats"])
+    credits = {name: measure.compiled(estimators.credit_of(name), tree, reward).run for name in ESTIMATORS}
+    credit_times = measure.alternate({k: functools.partial(run, tree, reward) for k, run in credits.items()}, sizes["repeats"])
+    peak = measure.matrix_peak(sizes["dtype"])
     seconds, metrics = times["step"].median, jax.device_get(metrics)
     if not jnp.isfinite(metrics["loss"]):
         raise ValueError(f"step suite: the loss is {metrics['loss']}.")
     yield row("step", seconds, "s")
     yield row("tokens", metrics["sampled_tokens"] / seconds, "tokens/s")
-    share = times["sampling"].over(times["step"])
-    yield row("sampling", times["sampling"].median, "s", versus="step", ratio=share)
+    for name in ("sampling", "learner"):
+        yield row(name, times[name].median, "s", versus="step", ratio=times[name].over(times["step"]))
+    both = measure.Times([a + b for a, b in zip(times["sampling"].seconds, times["learner"].seconds)])
+    yield row("sampling_and_learner", both.median, "s", versus="step", ratio=both.over(times["step"]))
+    yield row("sampling.step", 1e3 * times["sampling"].median / sizes["rows"], "ms a new token of a line, prefill included")
+    done = measure.learning_flops(fns.model.config, int(packed))
+    yield row("matrix_peak", peak / 1e12, "TFLOP/s")
+    yield row("learner.utilisation", done / times["learner"].median / peak, "model FLOPs over the matrix peak, Adam's time included")
     for name, time in credit_times.items():
         yield row(f"advantage.{name}", time.median, "s", versus="step", ratio=time.median / seconds)
     yield row("unique_tokens", metrics["unique_tokens"], "of flattened answer tokens")

@@ -36,13 +36,13 @@ def prompts(vocab: int, batch: int, width: int, seed: int = 0) -> Prompts:
     return Prompts(token=token, length=jnp.full((batch,), width), index=jnp.arange(batch), data=())
 
 
-def config(sizes: dict, *, param_dtype: str = "float32"):
-    """The default config at a suite's sizes; see `treerl.config`."""
+def config(sizes: dict):
+    """The default config at a suite's sizes; see `treerl.config`. param_dtype and lora_rank are read where there are any."""
     result = C.default()
     result.samples_every = 0
     model = dict(dict(qk_norm=False, qkv_bias=False, tied=True), **PRESETS[sizes["preset"]])
     model.pop("vocab")
-    result.model.update(dict(model, dtype=sizes["dtype"], param_dtype=param_dtype))
+    result.model.update(dict(model, dtype=sizes["dtype"]) | {k: sizes[k] for k in ("param_dtype", "lora_rank") if k in sizes})
     result.sampler.update(
         prompts=sizes["prompts"], slots=sizes["slots"], prompt_length=sizes["prompt"], answer_length=sizes["rows"]
     )
