@@ -190,8 +190,10 @@ class Run:
                 self.state, values = self.experiment.train_step(self.state, prompts, self.experiment.knobs, self.signals.check)
             except Stopped:
                 self.stop_if_asked()
-            # while the device works
-            self._prompts = self._read(self.position + config.sampler.prompts) if number < config.steps else None
+            self._prompts = None
+            if number < config.steps:  # while the device works
+                with contextlib.suppress(Exception):  # the step that needs them reads again, and says why it cannot
+                    self._prompts = self._read(self.position + config.sampler.prompts)
             shown = values.pop("samples", None)
             values = jax.device_get(values)
         self.done, self.position = number, self.position + config.sampler.prompts
