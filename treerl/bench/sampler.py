@@ -23,6 +23,8 @@ distinct key and value that some line attends to (a shared prompt once, a shared
 reading a large array reaches in the same run; and to compute 2 operations a line and parameter of the matrix
 products, and the scores and sums of attention, at the speed of a large matrix product in the same run.
 
+`stochastic_int8` reads its largest weights in 8 bits, where the kernels for it are; its limit is still that of all bits.
+
 Peers (see `bench.peers`) have no time without prefill that could be taken apart fairly, so `call` rows compare whole
 calls, prefill included on both sides, in ms per new token of a line.
 """
@@ -37,7 +39,7 @@ from treerl import branching, pruning, survival
 from treerl import sampler as S
 from treerl import tree as T
 from treerl.bench import measure, peers, shapes, synthetic
-from treerl.models.policy import make_policy
+from treerl.models.policy import make_policy, packed_hidden, token_logps
 from treerl.models.quality import QualityHead
 from treerl.models.transformer import Model
 
@@ -69,6 +71,7 @@ class Chosen(NamedTuple):
     branching: object
     pruning: object
     arguments: dict = {}  # more of `sampler.sample`
+    policy: dict = {}  # more of `make_policy`
 
 
 def _lookahead(knobs):
@@ -102,6 +105,7 @@ def _pruned(knobs, sizes, width):
 
 RULES = {
     "stochastic": lambda *_: Chosen(branching.stochastic(), pruning.none()),
+    "stochastic_int8": lambda *_: Chosen(branching.stochastic(), pruning.none(), policy=dict(weight_dtype="int8")),
     "lookahead": _similar,
     "pruned": _pruned,
     "lookahead_without_pruning": lambda knobs, *_: Chosen(_lookahead(knobs), pruning.none()),
@@ -113,7 +117,7 @@ def grow(rule, model, sizes, params, prompts, knobs):
     chosen = RULES[rule](knobs, sizes, model.config.width)
     rows, slots = sizes["rows"], sizes["slots"]
     return S.sample(
-        make_policy(model, params, slots=slots, rows=rows), chosen.branching, chosen.pruning, prompts, jax.random.key(1),
+        make_policy(model, params, slots=slots, rows=rows, **chosen.policy), chosen.branching, chosen.pruning, prompts, jax.random.key(1),
         slots=slots, rows=rows, budget=rows, segment=sizes["segment"], lengths=(*sizes["lengths"], rows),
         temperature=knobs["temperature"], top_p=knobs["top_p"], eos=knobs["eos"], **chosen.arguments,
     )[:2]  # fmt: skip
@@ -122,6 +126,25 @@ def grow(rule, model, sizes, params, prompts, knobs):
 def prefill(model, sizes, params, prompts):
     """Prefill alone, an empty pool included."""
     return make_policy(model, params, slots=sizes["slots"], rows=sizes["rows"]).prefill(prompts.token, prompts.length)
+
+
+def logp_difference(model, params, prompts, tree: T.Tree, most: int = 4) -> float:
+    """Mean absolute difference, in nats, of the sampler's log-probs from those of a forward pass over whole rows.
+
+    Of the first `most` trees of independent samples that run to the last row.
+    """
+    batch, (width, slots) = min(most, tree.token.shape[0]), (prompts.token.shape[1], tree.token.shape[2])
+    answer = jnp.swapaxes(tree.token[:batch], 1, 2)
+    token = jnp.concatenate([jnp.repeat(prompts.token[:batch, None], slots, axis=1), answer], axis=-1).reshape(batch * slots, -1)
+
+    def score(params):
+        position = jnp.broadcast_to(jnp.arange(token.shape[1]), token.shape)
+        module, hidden = packed_hidden(model, params, token, position, jnp.full_like(token, token.shape[1]), remat="layers")
+        hidden = hidden[:, width - 1 : -1].reshape(-1, hidden.shape[-1])
+        return token_logps(module, hidden, token[:, width:].reshape(-1), jnp.float32(1), chunk=1024)
+
+    wanted = jax.jit(score)(params).reshape(answer.shape)
+    return float(jnp.mean(jnp.abs(wanted - jnp.swapaxes(tree.logp_policy[:batch], 1, 2))))
 
 
 class Work(NamedTuple):
@@ -168,15 +191,16 @@ def make_knobs(config, slots: int) -> dict:
     return open_rule(slots) | dict(head=head(config.width).init(jax.random.key(2)), table=survival.start_calibration())
 
 
-def rows(*, rules=("stochastic", "lookahead", "pruned"), shape=None, beside=False, outside=None, **sizes):
+def rows(*, rules=None, shape=None, beside=False, outside=None, **sizes):
     """Yields rows of the suite.
 
     Args:
-      rules: of RULES; the first is what the others are compared with.
+      rules: of RULES; the first is what the others are compared with. None: all that differ here.
       shape: see `defaults`. beside: run peers in turns with these programs. outside: what `peers.outside` found.
       **sizes: replace `defaults()`.
     """
     sizes = {**defaults(shape), **sizes}
+    rules = rules or ("stochastic", "lookahead", "pruned", *["stochastic_int8"] * measure.on_accelerator())
     config = measure.model_config(sizes["preset"], dtype=sizes["dtype"], param_dtype=sizes["dtype"])
     model, batch, base = Model(config), sizes["prompts"], rules[0]
     prompts = synthetic.prompts(config.vocab, batch, sizes["prompt"])
@@ -226,6 +250,9 @@ def rows(*, rules=("stochastic", "lookahead", "pruned"), shape=None, beside=Fals
         yield row(f"{rule}.tokens", stats.sampled.sum() / times[rule].median, "tokens/s")
         yield row(f"{rule}.limit", 1e3 * limit, f"ms, of {what}")
         yield row(f"{rule}.limit_share", limit / step, "of the limit")
+        if rule.startswith("stochastic"):
+            apart = logp_difference(model, params, prompts, jax.tree.map(jnp.asarray, tree))
+            yield row(f"{rule}.logp_difference", apart, "nats, mean, from a forward pass")
     yield from peer_rows(row, sizes, times, base, own, peer, peers.matching(outside, sizes))
 
 
