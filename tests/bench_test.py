@@ -93,6 +93,7 @@ def test_lookahead_is_timed_at_equal_live_slots():
     rows = named("sampler")
     assert rows["stochastic.live_slots"]["value"] == 4
     assert rows["lookahead.live_slots"]["value"] == 4 - 1 / 8  # the first step writes three tokens of four
+    assert 0 < rows["stochastic.logp_difference"]["value"] < 1e-5  # nothing is rounded here
 
 
 def test_the_two_losses_and_gradients_of_the_learner_are_the_same():
