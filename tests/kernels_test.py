@@ -62,7 +62,8 @@ def test_products_that_do_not_fit_are_left_to_xla():
     assert kernels.product_plan(half(64, 4096), 24576) == (64, 1)
     assert kernels.product_plan(half(17, 1536), 1536) is None and kernels.product_plan(half(256, 1536), 1536) is None
     assert kernels.product_plan(jnp.zeros((128, 1536)), 1536) is None and kernels.product_plan(half(128, 100), 1152) is None
-    assert kernels.fits(half(16, 64), 128) and not kernels.fits(half(24, 64), 128) and not kernels.fits(half(16, 64), 100)
+    assert kernels.fits(half(16, 64), 128) and kernels.narrow_fits(128, 1536, 17920)
+    assert not kernels.narrow_fits(256, 1536, 17920) and not kernels.narrow_fits(128, 896, 100) and not kernels.fits(half(24, 64), 128) and not kernels.fits(half(16, 64), 100)
 
 
 def test_products_in_eight_bits():
@@ -78,6 +79,17 @@ def test_products_in_eight_bits():
     np.testing.assert_array_equal(total, same)
     np.testing.assert_allclose(step, kernels.quantize(h)[1], rtol=1e-6)
     assert np.abs(np.asarray(rounded, int) - np.asarray(kernels.quantize(h)[0], int)).max() <= 1  # halves may go either way
+
+
+def test_a_gpu_without_room_is_left_to_xla(monkeypatch, caplog):
+    class Device:
+        compute_capability = "8.6"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    with caplog.at_level("INFO"):
+        assert kernels.product_plan(jnp.zeros((128, 1536), jnp.bfloat16), 1536) is None
+    assert "compute capability 8.6 lacks room" in caplog.text
+    assert not kernels.fits(jnp.zeros((16, 64), jnp.bfloat16), 128) and not kernels.narrow_fits(128, 1536, 17920)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

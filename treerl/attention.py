@@ -158,7 +158,8 @@ def kernel(head_dim: int, mesh: Mesh | None = None) -> Callable:
     if platform(mesh) != "gpu":
         return dense
     if head_dim < 16 or head_dim & (head_dim - 1):
-        logging.log_first_n(logging.INFO, "head_dim=%d is no power of two from 16 on: attention of the sampler in XLA, without a kernel.", 1, head_dim)
+        misfit = "head_dim=%d is no power of two from 16 on: attention of the sampler in XLA, without a kernel."
+        logging.log_first_n(logging.INFO, misfit, 1, head_dim)
         return dense
     return fused if mesh is None or mesh.size == 1 else sharded(fused, mesh)
 

@@ -4,6 +4,7 @@ Each has a form in XLA that means the same: `attention.dense`, and `transformer.
 """
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
@@ -75,19 +76,29 @@ def add_norm(x: jax.Array, parts: jax.Array, scale: jax.Array, eps: float, offse
     return total.reshape(shape), tuple(norm) if narrow else norm[0].reshape(shape)
 
 
+def roomy() -> bool:
+    """Whether the GPU's processors have room for the tiles of products, 147 kB of shared memory: A100, H100, B200 and their like."""
+    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
+    if capability not in ("8.0", "9.0", "10.0", "10.3"):
+        lacks = "A GPU of compute capability %s lacks room for the kernels of products: the sampler's are XLA's."
+        logging.log_first_n(logging.INFO, lacks, 1, capability)
+        return False
+    return True
+
+
 def fits(x: jax.Array, outer: int) -> bool:
     """Whether `gated` takes x [M, K] and w [K, 2, outer]."""
     rows, inner = x.shape
-    return x.dtype.itemsize == 2 and rows in (16, 32, 64, 128) and inner % 32 == 0 and outer % 128 == 0
+    return x.dtype.itemsize == 2 and rows in (16, 32, 64, 128) and inner % 32 == 0 and outer % 128 == 0 and roomy()
 
 
-def product_plan(x: jax.Array, outer: int) -> tuple[int, int, int] | None:
-    """How `product` cuts x [M, K] @ w [K, outer]: (columns, rows of w at a time, splits of the sum), None: left to XLA.
+def product_plan(x: jax.Array, outer: int) -> tuple[int, int] | None:
+    """How `product` cuts x [M, K] @ w [K, outer]: (columns of a program, splits of the sum), None where it is left to XLA.
 
     As many splits as give a GPU one program each for most of its processors; more sums would have to be read again.
     """
     (rows, inner), width, depth = x.shape, 64, 64
-    if x.dtype.itemsize != 2 or rows not in (16, 32, 64, 128) or outer % width:
+    if x.dtype.itemsize != 2 or rows not in (16, 32, 64, 128) or outer % width or not roomy():
         return None
     programs = {outer // width * splits: splits for splits in (1, 2, 3, 4, 5) if inner % (splits * depth) == 0}
     some = [count for count in programs if 64 <= count <= 132] or [count for count in programs if count > 132][:1]
@@ -105,7 +116,8 @@ def product(x: jax.Array, w: jax.Array, plan: tuple[int, int]) -> jax.Array:
 
         def add(i, total):
             at = part * each + i * depth + jnp.arange(depth)
-            return total + triton.dot(triton.load(x_ref.at[row[:, None], at[None]]), triton.load(w_ref.at[at[:, None], column[None]]))
+            here = triton.load(x_ref.at[row[:, None], at[None]])
+            return total + triton.dot(here, triton.load(w_ref.at[at[:, None], column[None]]))
 
         total = jax.lax.fori_loop(0, each // depth, add, jnp.zeros((rows, width), jnp.float32))
         triton.store(out_ref.at[part, row[:, None], column[None]], total)
@@ -225,7 +237,8 @@ def survey(logits, temperature, lowest, uniform, candidates: int, *, block: int 
     f32, i32 = shape(count), shape(count, dtype=jnp.int32)
     ends = [i32, f32, f32, f32, f32, shape(some, count, dtype=jnp.int32), shape(some, count)]
     *drawn, best, score = _call(
-        join, "join", 4, grid=(count,), in_specs=[_whole(count, size), _whole(), _whole(count), _whole(count), *(_whole(*x.shape) for x in outs)],
+        join, "join", 4, grid=(count,),
+        in_specs=[_whole(count, size), _whole(), _whole(count), _whole(count), *(_whole(*x.shape) for x in outs)],
         out_specs=[_whole(*x.shape) for x in ends], out_shape=ends,
     )(logits, temperature, lowest, uniform, *found)  # fmt: skip
     return *drawn, best[:candidates].T, score[:candidates].T
@@ -233,7 +246,7 @@ def survey(logits, temperature, lowest, uniform, candidates: int, *, block: int 
 
 def narrow_fits(rows: int, inner: int, outer: int) -> bool:
     """Whether `narrow_product` takes [rows, inner] x [inner, outer]."""
-    return rows in (16, 32, 64, 128) and inner % 128 == 0 and outer % 64 == 0
+    return rows in (16, 32, 64, 128) and inner % 128 == 0 and outer % 64 == 0 and roomy()
 
 
 def narrow_product(x, w, dtype, join=lambda y: y) -> jax.Array:

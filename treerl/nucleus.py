@@ -118,5 +118,6 @@ def survey(logits, temperature, top_p, uniform, candidates: int = 0, *, fused: b
         found = kernels.survey(flat(logits), temperature, flat(lowest), flat(uniform), candidates)
         *drawn, best, score = (x.reshape(*uniform.shape, *x.shape[1:]) for x in found)
         return Drawn(*drawn), best, score
-    named = likeliest(logits, candidates) if candidates else (jnp.zeros((*uniform.shape, 0), jnp.int32), jnp.zeros((*uniform.shape, 0)))
+    none = jnp.zeros((*uniform.shape, 0))
+    named = likeliest(logits, candidates) if candidates else (none.astype(jnp.int32), none)
     return draw(logits, temperature, top_p, uniform), *named
