@@ -223,9 +223,9 @@ def test_non_ancestors_have_exactly_zero_gradient(optimised, params):
     def hidden(x):
         angles = module.angles(position, 64)
         attend = attention.packed(stop, block=16)
-        apply, layers = module.layers()
+        block_of, layers = module.layers()
         for weights in layers:
-            x, _ = apply(weights, x, angles, attend, None)
+            x, _ = block_of(weights)(x, angles, attend, None)
         return x
 
     jacobian = jax.jit(jax.jacobian(lambda x: jnp.sum(hidden(x), -1)[0]))(module.embed(token))[:, 0]  # [C, C, D]
