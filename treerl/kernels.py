@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 _LOWEST = -1e30  # finite: the difference of two of them is 0, not nan
+_ROWS = (16, 32, 64, 128)  # that the kernels of products take
 
 
 def _call(program, name: str, warps: int, stages: int = 1, **spec):
@@ -89,7 +90,7 @@ def roomy() -> bool:
 def fits(x: jax.Array, outer: int) -> bool:
     """Whether `gated` takes x [M, K] and w [K, 2, outer]."""
     rows, inner = x.shape
-    return x.dtype.itemsize == 2 and rows in (16, 32, 64, 128) and inner % 32 == 0 and outer % 128 == 0 and roomy()
+    return x.dtype.itemsize == 2 and rows in _ROWS and inner % 32 == 0 and outer % 128 == 0 and roomy()
 
 
 def product_plan(x: jax.Array, outer: int) -> tuple[int, int] | None:
@@ -98,7 +99,7 @@ def product_plan(x: jax.Array, outer: int) -> tuple[int, int] | None:
     As many splits as give a GPU one program each for most of its processors; more sums would have to be read again.
     """
     (rows, inner), width, depth = x.shape, 64, 64
-    if x.dtype.itemsize != 2 or rows not in (16, 32, 64, 128) or outer % width or not roomy():
+    if x.dtype.itemsize != 2 or rows not in _ROWS or outer % width or not roomy():
         return None
     programs = {outer // width * splits: splits for splits in (1, 2, 3, 4, 5) if inner % (splits * depth) == 0}
     some = [count for count in programs if 64 <= count <= 132] or [count for count in programs if count > 132][:1]
@@ -246,7 +247,7 @@ def survey(logits, temperature, lowest, uniform, candidates: int, *, block: int 
 
 def narrow_fits(rows: int, inner: int, outer: int) -> bool:
     """Whether `narrow_product` takes [rows, inner] x [inner, outer]."""
-    return rows in (16, 32, 64, 128) and inner % 128 == 0 and outer % 64 == 0 and roomy()
+    return rows in _ROWS and inner % 128 == 0 and outer % 64 == 0 and roomy()
 
 
 def narrow_product(x, w, dtype, join=lambda y: y) -> jax.Array:

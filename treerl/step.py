@@ -164,7 +164,8 @@ def gathered(fns: Fns, params):
 def short_memory(fns: Fns, params, prompts: Prompts, key, knobs, *, slots: int) -> Sampled:
     """Episodes in which every turn reads a fresh prompt, see `treerl.reprompt`."""
     rows, params = fns.environment.action, gathered(fns, params)
-    policy = make_policy(fns.model, params, slots=1, rows=rows, mesh=fns.mesh, pool_dtype=fns.sizes.pool_dtype)
+    dtypes = dict(pool_dtype=fns.sizes.pool_dtype, weight_dtype=fns.sizes.weight_dtype)
+    policy = make_policy(fns.model, params, slots=1, rows=rows, mesh=fns.mesh, **dtypes)
 
     def act(prompts, key):
         return sampler.sample(

@@ -265,9 +265,7 @@ class Block(Placed):
             self.attention_out_norm, self.mlp_out_norm = RMSNorm(d, c), RMSNorm(d, c)
 
     def __call__(self, x, angles, attend, cache, window=None):
-        """x [B, T, D], angles of `rotary` -> (x, cache) of this layer; window: see `Transformer.views`.
-
-        """
+        """x [B, T, D], angles of `rotary` -> (x, cache) of this layer; window: see `Transformer.views`."""
         with self.config.products():
             return self._forward(x, angles, attend, cache, window)
 
@@ -277,7 +275,11 @@ class Block(Placed):
         x is (x [B, T, D], parts [n, B, T, D]): a sum that is made with the norm after it; so is the result.
         gate_up: `kernels.quantize` of that product's weights as [2, hidden, D]; its input is quantized too then.
         """
-        c, (x, parts) = self.config, x
+        with self.config.products():
+            return self._decode(*x, angles, attend, cache, gate_up)
+
+    def _decode(self, x, parts, angles, attend, cache, gate_up):
+        c, activation = self.config, ACTIVATIONS[self.config.activation]
         x, h = kernels.add_norm(x, parts, *self.attention_norm.numbers())
         qkv = sum(self._parts(h, "qkv")).astype(x.dtype)
         q, k, v = self._heads(qkv.reshape(*x.shape[:2], *self.qkv.shape[1:]), angles)
@@ -285,10 +287,9 @@ class Block(Placed):
         parts = self._parts(attended.reshape(*x.shape[:2], -1), "out")
         parts = self.attention_out_norm(sum(parts).astype(x.dtype))[None] if c.post_norms else parts
         x, h = kernels.add_norm(x, parts, *self.mlp_norm.numbers(), narrow=gate_up is not None)
-        activation, flat = ACTIVATIONS[c.activation], h if gate_up else h.reshape(-1, c.width)
         if gate_up is not None:
-            h = kernels.narrow_product(flat, gate_up, x.dtype, lambda gate, up: activation(gate) * up)
-        elif kernels.fits(flat, c.hidden):
+            h = kernels.narrow_product(h, gate_up, x.dtype, lambda gate, up: activation(gate) * up)
+        elif kernels.fits(flat := h.reshape(-1, c.width), c.hidden):
             h = kernels.gated(flat, self.weight("gate_up"), activation)
         else:
             h = jnp.tensordot(flat, self.weight("gate_up"), 1)
