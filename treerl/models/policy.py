@@ -31,8 +31,8 @@ def make_policy(
     config = model.config
     local = config.local or (False,) * config.layers
     lone = mesh is None or mesh.size == 1  # the partitioner cannot cut kernels
-
-    in_kernels = lone and not config.lora_rank and attention.kernel(config.head_dim, mesh) is not attention.dense
+    kernel = attention.kernel(config.head_dim, mesh)
+    in_kernels = lone and not config.lora_rank and kernel is not attention.dense
     fits = lambda heads: all(kernels.narrow_fits(heads, config.width, outer) for outer in (config.hidden, config.vocab))
     narrow = weight_dtype is not None and in_kernels and fits(128)
     if narrow:
@@ -59,7 +59,7 @@ def make_policy(
         length, last, _, caches = cache
         views = module.views(length[:, None] + row, caches[0][0].shape[2] + path.shape[2])
         hides = views[0][1] is not None
-        form = attention.dense if hides else attention.kernel(config.head_dim, mesh)
+        form = attention.dense if hides else kernel
         attend = form(length, path, row, write, rows)
         # traced once: what differs between layers comes in as data
         fused = in_kernels and form is not attention.dense
