@@ -1,4 +1,4 @@
-"""What transformers gives for SmolLM2-135M-Instruct: logits of two rollouts, and greedy answers.
+"""What transformers gives for SmolLM2-135M-Instruct: logits of two rollouts in float64, and greedy answers in float32.
 
 `python tests/smollm2_oracle.py FOLDER` (needs torch and transformers; FOLDER is the converted model, see
 `treerl.models.sources.resolve`) records them into smollm2_golden.npz, and prints how exact they are.
@@ -61,7 +61,7 @@ def main(folder: str):
     with torch.no_grad():
         logits, exact = model(tokens).logits.numpy(), make(torch.float64)(tokens).logits.numpy()
     print(f"float32 and float64 differ by {np.abs(logits - exact).max():.2e} of {np.abs(exact).max():.0f}")
-    np.savez_compressed(GOLDEN, **found, **compact(logits))
+    np.savez_compressed(GOLDEN, **found, **compact(exact.astype(np.float32)))
 
 
 if __name__ == "__main__":

