@@ -1,5 +1,6 @@
-"""Attention over the pool: the kernel and the dense form against a walk along every path."""
+"""Attention over the pool, against a walk along every path, and within bins, against every query by itself."""
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 
 from treerl import attention
+from treerl.kernels import bins
+from treerl.models.policy import packed_hidden
 from treerl.models.transformer import Model, TransformerConfig
 
 B, G, K, R, D, P, S = 3, 2, 5, 3, 16, 21, 40
@@ -159,3 +162,146 @@ def test_float32_products_are_exact_and_others_are_left_alone(dtype):
     text = str(jax.make_jaxpr(jax.grad(logits))(model.init(jax.random.key(0))))
     exact = text.count("HIGHEST")
     assert exact == 2 * text.count("dot_general[") > 0 if dtype == "float32" else exact == 0
+
+
+# --- within bins -------------------------------------------------------------------------------------
+
+
+def forest(seed, size, used):
+    """Random trees one after another in `used` places of a bin, the rest padding: (stop, position) [size]."""
+    rng, above, parents = np.random.default_rng(seed), [], []
+    for _ in range(used):
+        if rng.random() < 0.12:
+            del above[rng.integers(0, len(above) + 1) :]  # all of them: a new tree
+        parents.append(above[-1] if above else -1)
+        above.append(len(parents) - 1)
+    stop, position = np.zeros(size, np.int32), np.zeros(size, np.int32)
+    for i in reversed(range(used)):
+        stop[i] = max(stop[i], i + 1)
+        if parents[i] >= 0:
+            stop[parents[i]] = max(stop[parents[i]], stop[i])
+    for i in range(used):
+        position[i] = position[parents[i]] + 1 if parents[i] >= 0 else 0
+    return stop, position
+
+
+def in_bins(seed, *, size=96, heads=4, kv_heads=2, head_dim=16, dtype=jnp.float32):
+    """(q, k, v, slopes of the result), (stop, position) of three bins: full, with padding, and of padding alone."""
+    rng = np.random.default_rng(seed)
+    stop, position = (jnp.asarray(np.stack(x)) for x in zip(*(forest(seed + i, size, used) for i, used in enumerate((size, size - 27, 0)))))
+    arrays = (jnp.asarray(rng.normal(size=(3, size, n, head_dim)), dtype) for n in (heads, kv_heads, kv_heads, heads))
+    return tuple(arrays), (stop, position)
+
+
+def each_query(q, k, v, stop, position, window):
+    """One softmax a query, in float32 at least, over the keys in whose subtrees it lies."""
+    index = jnp.arange(q.shape[1])
+    seen = (index <= index[:, None]) & (index[:, None] < stop[:, None]) | jnp.eye(index.size, dtype=bool)
+    if window is not None:
+        seen &= position[..., None] - position[:, None] < window
+    k, v = (jnp.repeat(x.astype(jnp.float32), q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    score = jnp.einsum("nqhd,nkhd->nhqk", q.astype(jnp.float32), k, precision="highest") / q.shape[-1] ** 0.5
+    weight = jax.nn.softmax(jnp.where(seen[:, None], score, -jnp.inf), axis=-1)
+    return jnp.einsum("nhqk,nkhd->nqhd", weight, v, precision="highest").astype(q.dtype)
+
+
+def with_gradients(form, q, k, v, slope):
+    @jax.jit
+    def run(q, k, v):
+        out, pull = jax.vjp(form, q, k, v)
+        return out, *pull(slope)
+
+    return run(q, k, v)
+
+
+def assert_near(got, wanted, tolerance):
+    """Norms of differences over norms."""
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("how", ["xla", "kernel"])
+@pytest.mark.parametrize("window", [None, 2, 7])
+@pytest.mark.parametrize("sizes", [dict(), dict(heads=3, kv_heads=3), dict(heads=6, kv_heads=1, head_dim=32, size=64)], ids=str)
+def test_bins_equal_each_query_by_itself(how, window, sizes):
+    (q, k, v, slope), (stop, position) = in_bins(1, **sizes)
+    window = None if window is None else jnp.int32(window)
+    form = lambda q, k, v: attention.packed(stop, position, block=16, how=how)(q, k, v, None, window)[0]
+    wanted = with_gradients(lambda q, k, v: each_query(q, k, v, stop, position, window), q, k, v, slope)
+    assert_near(with_gradients(form, q, k, v, slope), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("queries, keys", [(16, 32), (32, 16), (48, 48)])
+def test_blocks_of_queries_and_keys_may_differ(queries, keys):
+    (q, k, v, slope), (stop, position) = in_bins(2)
+    form = functools.partial(bins.bin_attention, stop=stop, queries=queries, keys=keys)
+    wanted = with_gradients(lambda q, k, v: each_query(q, k, v, stop, position, None), q, k, v, slope)
+    assert_near(with_gradients(form, q, k, v, slope), wanted, 1e-5)
+
+
+def test_bins_in_bfloat16():
+    (q, k, v, slope), (stop, position) = in_bins(3, dtype=jnp.bfloat16)
+    form = functools.partial(bins.bin_attention, stop=stop)
+    wanted = with_gradients(lambda q, k, v: each_query(q, k, v, stop, position, None), q, k, v, slope)
+    assert_near(with_gradients(form, q, k, v, slope), wanted, 1e-2)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_blocks_that_nobody_sees_are_skipped(window):
+    """All others are read; with a window perhaps some more, since a block of siblings has no order."""
+    for seed in range(5):
+        _, (stop, position) = in_bins(seed)
+        index = np.arange(stop.shape[1])
+        seen = (index <= index[:, None]) & (index[:, None] < np.asarray(stop)[:, None]) | np.eye(index.size, dtype=bool)
+        if window:
+            seen &= (np.asarray(position)[..., None] - np.asarray(position)[:, None]) < window
+        wanted = seen.reshape(3, 6, 16, 3, 32).any((2, 4))
+        got = np.asarray(bins.live(stop, position, window, 16, 32))
+        assert not (wanted & ~got).any() and got.mean() < 0.62
+        assert window or (wanted == got).all()
+
+
+def test_what_a_query_does_not_see_is_not_read():
+    """Not even multiplied by zero: a sibling's numbers that are not finite stay its own."""
+    (q, k, v, _), _ = in_bins(4)
+    stop = jnp.asarray(np.r_[96, [32] * 31, [64] * 32, [96] * 32].astype(np.int32))[None].repeat(3, 0)  # a root and three chains
+    form = functools.partial(bins.bin_attention, stop=stop, queries=32, keys=32)
+    out, other = form(q, k, v), form(q, k.at[:, 32:64].set(jnp.nan), v.at[:, 32:64].set(jnp.nan))
+    np.testing.assert_array_equal(out[:, 64:], other[:, 64:])
+    np.testing.assert_array_equal(out[:, :32], other[:, :32])
+    assert np.isnan(other[:, 32:64]).all()
+
+
+@pytest.mark.parametrize("remat, times", [("none", 1), ("products", 1), ("layers", 2)])
+def test_the_backward_pass_runs_the_kernel_again_only_if_nothing_is_stored(monkeypatch, remat, times):
+    monkeypatch.setattr(attention, "packed", functools.partial(attention.packed, how="kernel"))
+    model = Model(TransformerConfig(vocab=8, layers=1, width=32, heads=2, kv_heads=1, head_dim=16, hidden=8))
+    token = jnp.zeros((1, 16), jnp.int32)
+
+    def loss(params):
+        module, hidden = packed_hidden(model, params, token, token, token + 16, remat=remat)
+        return jnp.sum(module.logits(hidden))
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(model.init(jax.random.key(0))))
+    assert len(re.findall(r"name=bin_attention\b", text)) == times
+    assert text.count("name=bin_attention_queries") == text.count("name=bin_attention_keys") == 1
+
+
+def test_how_bins_are_attended_is_chosen(monkeypatch):
+    """Half precision on a GPU by cuDNN or the kernel; the rest by XLA."""
+    used = []
+    monkeypatch.setattr(attention, "bin_attention", lambda q, *_: used.append("kernel") or q)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *_, implementation, **__: used.append(implementation) or q)
+
+    def chosen(platform, dtype, size, head_dim):
+        used.clear()
+        monkeypatch.setattr(jax, "default_backend", lambda: platform)
+        x = jnp.zeros((1, size, 1, head_dim), dtype)
+        attention.packed(jnp.full((1, size), size))(x, x, x, None)
+        return set(used)
+
+    assert chosen("gpu", jnp.bfloat16, 128, 64) == {"cudnn"} and chosen("gpu", jnp.bfloat16, 96, 64) == {"kernel"}
+    assert chosen("gpu", jnp.bfloat16, 128, 256) == {"kernel"} and chosen("gpu", jnp.bfloat16, 128, 80) == {"xla"}
+    assert chosen("gpu", jnp.float32, 128, 64) == {"xla"} and chosen("cpu", jnp.bfloat16, 128, 64) == {"xla"}

@@ -221,7 +221,9 @@ def main(folder: str):
     assert not token_loop_collectives(tiny), token_loop_collectives(tiny)
     with with_trees():
         np.savez(os.path.join(folder, "survivors.npz"), **numbers(*tiny.step(tiny.state(), tiny.prompts(), tiny.knobs)))
-    with mock.patch.object(attention, "kernel", lambda head_dim, mesh: attention.sharded(attention.fused, mesh)), with_trees():
+    pool = mock.patch.object(attention, "kernel", lambda head_dim, mesh: attention.sharded(attention.fused, mesh))
+    packed = mock.patch.object(attention, "packed", functools.partial(attention.packed, how="kernel"))
+    with pool, packed, with_trees():
         tiny = Tiny(sharding.make_mesh(**sizes))
         result = numbers(*tiny.step(tiny.state(), tiny.prompts(), tiny.knobs))
     np.savez(os.path.join(folder, "kernel.npz"), **result)

@@ -13,7 +13,8 @@ from absl import logging
 from einops import rearrange
 from jax.sharding import Mesh, PartitionSpec
 
-from treerl import kernels
+from treerl.kernels.bins import bin_attention, fits
+from treerl.kernels.pool import pool_attention
 from treerl.sharding import TREES
 
 Attend = Callable
@@ -33,7 +34,9 @@ def causal(length: jax.Array) -> Attend:
     return attend
 
 
-def packed(stop: jax.Array, position: jax.Array | None = None, *, mesh: Mesh | None = None, block: int = 64) -> Attend:
+def packed(
+    stop: jax.Array, position: jax.Array | None = None, *, mesh: Mesh | None = None, block: int = 64, how: str | None = None
+) -> Attend:  # fmt: skip
     """Attention within bins of depth-first tokens: q sees k iff k <= q < stop[k].
 
     stop [N, C] is the index one past the last token of each token's subtree, so the test admits
@@ -41,9 +44,13 @@ def packed(stop: jax.Array, position: jax.Array | None = None, *, mesh: Mesh | N
     never a sibling's tokens or another tree's. position [N, C] is what a window counts in: between
     a token and its ancestor in a bin may lie siblings.
 
-    Queries go in static blocks, each against the keys up to its own end, so most of the upper half of
+    In XLA queries go in static blocks, each against the keys up to its own end, so most of the upper half of
     the scores is never computed; at most 4 blocks, since each is compiled for itself. On a GPU,
-    half-precision heads go through cuDNN's flash attention: scores never reach memory, masks do.
+    half-precision heads of 64 and 128 go through cuDNN's flash attention: scores never reach memory, masks
+    do. Others of powers of two go through a kernel that reads the keys in sight alone, see `bin_attention`.
+
+    Args:
+      how: "xla", "cudnn" or "kernel"; None chooses (static).
     """
     size = stop.shape[1]
     block = max(block, -(-size // 4 // 64) * 64)
@@ -55,15 +62,30 @@ def packed(stop: jax.Array, position: jax.Array | None = None, *, mesh: Mesh | N
             seen &= position[:, start:end, None] - position[:, None, :end] < window
         return (seen | (key == query))[:, None]  # padding sees itself: no empty row
 
+    def choose(dtype, head_dim):
+        if platform(mesh) != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
+            return "xla"
+        if size % 64 == 0 and head_dim in (64, 128):
+            return "cudnn"
+        return "kernel" if fits(size, head_dim) else "xla"
+
+    def in_kernel(q, k, v, window):
+        run, given = lambda qkv, given: bin_attention(*qkv, *given), (stop, position, window)
+        if mesh is not None and mesh.size > 1:  # the partitioner cannot cut it itself
+            tokens = PartitionSpec(*TREES, None, "tensor")
+            specs = (tokens,) * 3, (TREES, position if position is None else TREES, window if window is None else PartitionSpec())
+            run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
+        return run((q, k, v), given)
+
     def attend(q, k, v, cache, window=None):
-        half = q.dtype in (jnp.bfloat16, jnp.float16)
-        flash = platform(mesh) == "gpu" and half and size % 64 == 0 and q.shape[-1] in (64, 128)
-        how, out = "cudnn" if flash else None, []
+        form, out = how or choose(q.dtype, q.shape[-1]), []
+        if form == "kernel":
+            return in_kernel(q, k, v, window), cache
         for start in range(0, size, block):
             end = min(start + block, size)
             seen = mask(start, end, window)
             own = q[:, start:end], k[:, :end], v[:, :end]
-            out.append(jax.nn.dot_product_attention(*own, mask=seen, implementation=how))
+            out.append(jax.nn.dot_product_attention(*own, mask=seen, implementation=form))
         return jnp.concatenate(out, axis=1), cache
 
     return attend
@@ -124,7 +146,7 @@ def dense(prompt_length: jax.Array, path: jax.Array, row: jax.Array, write: jax.
 def fused(
     prompt_length: jax.Array, path: jax.Array, row: jax.Array, write: jax.Array, rows: int, **options
 ) -> Attend:
-    """The same as `dense` in a kernel for GPUs, which reads the cells in use alone, see `kernels.pool_attention`.
+    """The same as `dense` in a kernel for GPUs, which reads the cells in use alone, see `pool_attention`.
 
     `rows` bounds nothing, and there are no windows. head_dim must be a power of two, at least 16.
     """
@@ -138,7 +160,7 @@ def fused(
         if stored != q.dtype:  # the head's own keys and values are seen as they are stored
             k, v = k.astype(stored).astype(q.dtype), v.astype(stored).astype(q.dtype)
         qkv = jnp.concatenate([q, k, v], axis=-2)
-        out, cache = kernels.pool_attention(qkv, cache, prompt_length, path, target, **options)
+        out, cache = pool_attention(qkv, cache, prompt_length, path, target, **options)
         return rearrange(out.astype(v.dtype), "b k g r d -> b k (g r) d"), cache
 
     return attend

@@ -4,7 +4,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from treerl import kernels
+from treerl.kernels import vocabulary
 
 
 class Drawn(NamedTuple):
@@ -115,7 +115,7 @@ def survey(logits, temperature, top_p, uniform, candidates: int = 0, *, fused: b
     if fused:
         lowest = nucleus(logits, temperature, top_p)[..., 0]
         flat = lambda x: x.reshape(-1, *x.shape[2:])
-        found = kernels.survey(flat(logits), temperature, flat(lowest), flat(uniform), candidates)
+        found = vocabulary.survey(flat(logits), temperature, flat(lowest), flat(uniform), candidates)
         *drawn, best, score = (x.reshape(*uniform.shape, *x.shape[1:]) for x in found)
         return Drawn(*drawn), best, score
     none = jnp.zeros((*uniform.shape, 0))

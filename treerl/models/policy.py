@@ -5,7 +5,8 @@ from absl import logging
 from einops import rearrange
 from jax.sharding import Mesh
 
-from treerl import attention, kernels, sharding
+from treerl import attention, sharding
+from treerl.kernels import products
 from treerl.models.transformer import Model
 from treerl.types import Params, Policy
 
@@ -20,7 +21,7 @@ def make_policy(
       mesh: of the parameters; None is one device.
       pool_dtype: of the keys and values of answers and prompts; None is that of the activations.
       weight_dtype: int8 reads the two largest weights, those of the MLP's gates and of the output, and their inputs,
-        rounded to 8 bits, with one scale a row; on a single GPU, where the sizes fit, see `kernels.narrow_product`.
+        rounded to 8 bits, with one scale a row; on a single GPU, where the sizes fit, see `products.narrow_product`.
         None is the dtype of the activations.
 
     Local layers whose window is shorter than a prompt and its answer use the `dense` form: the
@@ -33,11 +34,11 @@ def make_policy(
     lone = mesh is None or mesh.size == 1  # the partitioner cannot cut kernels
     kernel = attention.kernel(config.head_dim, mesh)
     in_kernels = lone and not config.lora_rank and kernel is not attention.dense
-    fits = lambda heads: all(kernels.narrow_fits(heads, config.width, outer) for outer in (config.hidden, config.vocab))
+    fits = lambda heads: all(products.narrow_fits(heads, config.width, outer) for outer in (config.hidden, config.vocab))
     narrow = weight_dtype is not None and in_kernels and fits(128)
     if narrow:
-        gates = [kernels.quantize(jnp.moveaxis(block_of(w).weight("gate_up"), 0, 2)) for w in layers]
-        table = kernels.quantize(module.table()[None])
+        gates = [products.quantize(jnp.moveaxis(block_of(w).weight("gate_up"), 0, 2)) for w in layers]
+        table = products.quantize(module.table()[None])
     elif weight_dtype is not None:
         stay = "weight_dtype=%s needs one GPU and sizes that its kernel takes; weights stay %s."
         logging.log_first_n(logging.INFO, stay, 1, weight_dtype, config.dtype)
@@ -77,8 +78,8 @@ def make_policy(
         hidden = module.final_norm(x)
         hidden = jnp.where(row[..., None] < 0, last, hidden)
         if rounded:
-            flat = kernels.quantize(hidden.reshape(-1, config.width))
-            logits = kernels.narrow_product(flat, table, jnp.float32).reshape(*token.shape, -1)
+            flat = products.quantize(hidden.reshape(-1, config.width))
+            logits = products.narrow_product(flat, table, jnp.float32).reshape(*token.shape, -1)
         else:
             logits = module.logits(hidden)
         return logits, (length, last, hidden, new)

@@ -17,8 +17,9 @@ from flax import nnx, traverse_util
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from treerl import kernels, sharding
+from treerl import sharding
 from treerl.errors import UserError
+from treerl.kernels import products
 
 
 class Llama3Scaling(NamedTuple):
@@ -102,7 +103,7 @@ class RMSNorm(nnx.Module):
         self.eps, self.offset = config.norm_eps, config.norm_plus_one
 
     def numbers(self):
-        """(scale, eps, offset) as `kernels.add_norm` wants them."""
+        """(scale, eps, offset) as `products.add_norm` wants them."""
         return self.scale[...], self.eps, self.offset
 
     def __call__(self, x):
@@ -149,9 +150,9 @@ PRODUCT = "product"  # checkpoint name of the outputs of matrix products and of 
 
 
 def _products(primitive, *args, **params) -> bool:
-    """Whether an output is stored under remat=products; the backward pass of cuDNN's attention needs more than its output."""
+    """Whether an output is stored under remat=products; backward passes of fused attention need more than its output."""
     named = jax.checkpoint_policies.save_only_these_names(PRODUCT)
-    return primitive.name == "dot_product_attention_fwd_wrapper" or named(primitive, *args, **params)
+    return primitive.name in ("dot_product_attention_fwd_wrapper", "pallas_call") or named(primitive, *args, **params)
 
 
 # Name -> policy: compute nothing again; all but products and attention; all but the layers' inputs.
@@ -273,24 +274,24 @@ class Block(Placed):
         """The same in kernels for GPUs, for few tokens and without gradients or adapters.
 
         x is (x [B, T, D], parts [n, B, T, D]): a sum that is made with the norm after it; so is the result.
-        gate_up: `kernels.quantize` of that product's weights as [2, hidden, D]; its input is quantized too then.
+        gate_up: `products.quantize` of that product's weights as [2, hidden, D]; its input is quantized too then.
         """
         with self.config.products():
             return self._decode(*x, angles, attend, cache, gate_up)
 
     def _decode(self, x, parts, angles, attend, cache, gate_up):
         c, activation = self.config, ACTIVATIONS[self.config.activation]
-        x, h = kernels.add_norm(x, parts, *self.attention_norm.numbers())
+        x, h = products.add_norm(x, parts, *self.attention_norm.numbers())
         qkv = sum(self._parts(h, "qkv")).astype(x.dtype)
         q, k, v = self._heads(qkv.reshape(*x.shape[:2], *self.qkv.shape[1:]), angles)
         attended, cache = attend(q, k, v, cache)
         parts = self._parts(attended.reshape(*x.shape[:2], -1), "out")
         parts = self.attention_out_norm(sum(parts).astype(x.dtype))[None] if c.post_norms else parts
-        x, h = kernels.add_norm(x, parts, *self.mlp_norm.numbers(), narrow=gate_up is not None)
+        x, h = products.add_norm(x, parts, *self.mlp_norm.numbers(), narrow=gate_up is not None)
         if gate_up is not None:
-            h = kernels.narrow_product(h, gate_up, x.dtype, lambda gate, up: activation(gate) * up)
-        elif kernels.fits(flat := h.reshape(-1, c.width), c.hidden):
-            h = kernels.gated(flat, self.weight("gate_up"), activation)
+            h = products.narrow_product(h, gate_up, x.dtype, lambda gate, up: activation(gate) * up)
+        elif products.fits(flat := h.reshape(-1, c.width), c.hidden):
+            h = products.gated(flat, self.weight("gate_up"), activation)
         else:
             h = jnp.tensordot(flat, self.weight("gate_up"), 1)
             h = activation(h[:, 0]) * h[:, 1]
@@ -300,8 +301,8 @@ class Block(Placed):
     def _parts(self, x, name):
         """Summands of a product: x [B, T, K] -> [n, B, T, N]."""
         flat, table = x.reshape(-1, x.shape[-1]), self.weight(name).reshape(x.shape[-1], -1)
-        plan = kernels.product_plan(flat, table.shape[1])
-        parts = jnp.dot(flat, table)[None] if plan is None else kernels.product(flat, table, plan)
+        plan = products.product_plan(flat, table.shape[1])
+        parts = jnp.dot(flat, table)[None] if plan is None else products.product(flat, table, plan)
         return parts.reshape(-1, *x.shape[:-1], table.shape[1])
 
     def _product(self, x, name):
