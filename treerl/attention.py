@@ -111,7 +111,8 @@ def dense(prompt_length: jax.Array, path: jax.Array, row: jax.Array, write: jax.
     """
     slots = path.shape[1]
     own, target = jnp.arange(slots), _cell(row, write, path.shape[2])
-    ancestor = path[:, :, None, :rows] == own[:, None]  # [B, K, K, rows]
+    cells = lambda x: x.reshape(*x.shape[:2], -1, *x.shape[4:])  # of all slots, in one axis: CPUs take short ones badly
+    ancestor = cells(path[:, :, None, :rows] == own[:, None])  # [B, K, K * rows]
     lowest, f32 = jnp.finfo(jnp.float32).min, dict(preferred_element_type=jnp.float32)
 
     def attend(q, k, v, cache, window=None):
@@ -127,16 +128,15 @@ def dense(prompt_length: jax.Array, path: jax.Array, row: jax.Array, write: jax.
         if window is not None:
             place = (prompt_length[:, None] + row)[..., None]  # of each head, from the prompt's first token
             real &= place - jnp.arange(prompt_k.shape[2]) < window
-            seen &= (row[..., None] - jnp.arange(rows) < window)[:, :, None]
+            seen &= jnp.tile(row[..., None] - jnp.arange(rows) < window, slots)
         on_prompt = jnp.where(real[:, None, :, None], on_prompt, lowest)
-        on_pool = jnp.einsum("bgkrd,bgjsd->bgkrjs", q, pool_k[:, :, :, :rows], **f32)
+        on_pool = jnp.einsum("bgkrd,bgjd->bgkrj", q, cells(pool_k[:, :, :, :rows]), **f32)
         on_pool = jnp.where(seen[:, None, :, None], on_pool, lowest)
-        top = jnp.maximum(on_prompt.max(-1), on_pool.max((-1, -2)))
-        on_prompt = jnp.exp(on_prompt - top[..., None])
-        on_pool = jnp.exp(on_pool - top[..., None, None])
-        norm = on_prompt.sum(-1) + on_pool.sum((-1, -2))
+        top = jnp.maximum(on_prompt.max(-1), on_pool.max(-1))
+        on_prompt, on_pool = (jnp.exp(x - top[..., None]) for x in (on_prompt, on_pool))
+        norm = on_prompt.sum(-1) + on_pool.sum(-1)
         out = jnp.einsum("bgkrp,bgpd->bgkrd", on_prompt.astype(q.dtype), prompt_v, **f32)
-        out += jnp.einsum("bgkrjs,bgjsd->bgkrd", on_pool.astype(q.dtype), pool_v[:, :, :, :rows], **f32)
+        out += jnp.einsum("bgkrj,bgjd->bgkrd", on_pool.astype(q.dtype), cells(pool_v[:, :, :, :rows]), **f32)
         out = (out / norm[..., None]).astype(v.dtype)
         return rearrange(out, "b g k r d -> b k (g r) d"), (prompt_k, prompt_v, pool_k, pool_v)
 
