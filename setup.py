@@ -11,6 +11,7 @@ setup(
     packages=find_packages(
         include=["treerl", "treerl.*", "launch", "launch.*", "experiments", "experiments.*"]
     ),
+    package_data={"treerl.draw": ["page.html"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax",

@@ -1,5 +1,9 @@
-"""Trees as text and as SVG, against oracles that walk parents one by one."""
+"""Trees as text, as SVG and as pages in a browser, against oracles that walk parents one by one."""
+import html
+import json
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree
 from types import SimpleNamespace
 
@@ -9,6 +13,7 @@ import pytest
 
 from oracles import leaf_cells, random_tree
 from treerl import draw
+from treerl.draw import view
 from treerl.tree import CUT, FINISHED, FORCED, SIMILAR, TRUNCATED
 
 S, K = 5, 4
@@ -170,7 +175,7 @@ class Drawn:
         self.rect = {cell: g.find(f"{SVG}rect") for cell, g in self.cells.items()}
         self.text = {cell: g.find(f"{SVG}text").text for cell, g in self.cells.items()}
         dot = root.find(f"{SVG}circle")
-        self.prompt = float(dot.get("cx")), float(dot.get("cy")) - draw.CHIP / 2, 5, draw.CHIP  # x, y, width, height
+        self.prompt = float(dot.get("cx")), float(dot.get("cy")) - view.CHIP / 2, 5, view.CHIP  # x, y, width, height
         self.edges = [p for p in root.iter(f"{SVG}path")]
         self.outcomes = [t.text for t in root.iter(f"{SVG}text") if "outcome" in t.get("class")]
         self.all_text = [t.text for t in root.iter(f"{SVG}text")]
@@ -276,7 +281,7 @@ def test_drawing_of_the_hand_built_tree():
     assert "row 2, slot 1, forced" in svg and "p 0.250" in svg
     for text in svg.split("<text")[1:]:  # nothing leaves the card
         at, what = re.match(r'[^>]* x="(\S+)"[^>]*>([^<]*)<', text).groups()
-        size = 6.7 if 'font-size="11"' in text else draw.CHAR
+        size = 6.7 if 'font-size="11"' in text else view.CHAR
         assert float(at) + size * len(what) < drawn.size[0]
     tree.end[1, 0] = SIMILAR  # a line that ended above survivors
     drawn = Drawn(draw.draw_tree(tree, to_text, reward=reward, advantage=advantage))
@@ -315,3 +320,133 @@ def test_two_drawings_are_equal_and_need_nothing():
     tree, reward, advantage = hand_built_tree()
     one, two = (draw.draw_tree(tree, to_text, reward=reward, advantage=advantage) for _ in range(2))
     assert one == two and " id=" not in one and "href" not in one and "url(" not in one
+
+
+# --- the page --------------------------------------------------------------------------------------
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_the_page_knows_what_the_tree_knows():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        tree = random_tree(rng, rows=9, slots=6)
+        reward, advantage = (rng.random(6) < 0.5).astype(float), rng.normal(size=(9, 6))
+        quality = np.where(rng.random((9, 6)) < 0.5, np.nan, rng.random((9, 6)))
+        data = data_of(draw.explore_tree(tree, to_text, reward=reward, advantage=advantage, columns={"quality": quality}))
+        cells = data["cells"]
+        places = list(zip(cells["row"], cells["column"]))
+        paths = leaf_cells(tree)
+        assert set(sum(paths.values(), [])) == {place for place, kept in zip(places, cells["kept"]) if kept}
+        for i, place in enumerate(places):
+            up = cells["parent"][i]
+            assert up < i and (up < 0 if place[0] == 0 else places[up] == (place[0] - 1, tree.parent[place]))
+            below = [reward[leaf] for leaf, path in paths.items() if place in path]
+            assert cells["leaves"][i] == len(below) and cells["mean"][i] == (pytest.approx(np.mean(below), abs=1e-4) if below else None)
+            assert data["columns"]["advantage"][i] == pytest.approx(advantage[place], abs=1e-4)
+            wanted = None if np.isnan(quality[place]) else pytest.approx(quality[place], abs=1e-4)
+            assert data["columns"]["quality"][i] == wanted
+            assert data["raw"][i] == chr(tree.token[place])
+        leaves = {places[end["i"]] for end in data["ends"] if end["leaf"]}
+        assert leaves == {path[-1] for path in paths.values()}
+        assert len(places) == len(set(places)) and f"{len(places)} tokens, {len(paths)} leaves" in data["summary"]
+
+
+def test_characters_of_several_tokens_are_whole_in_the_page():
+    """Tokens are bytes here: the last of a character shows it."""
+    tree, reward, advantage = hand_built_tree()
+    for cell, byte in zip([(0, 0), (1, 0), (2, 0), (3, 0), (2, 1), (3, 1), (4, 1)], "a€".encode() + bytes([0xA9, 0x21, 0x22])):
+        tree.token[cell] = byte  # a and the three bytes of a euro; after the first also one that does not go on with it
+    decode = lambda ids: bytes(ids).decode("utf-8", "replace")
+    data = data_of(draw.explore_tree(tree, decode, reward=reward, advantage=advantage))
+    raw = dict(zip(zip(data["cells"]["row"], data["cells"]["column"]), data["raw"]))
+    assert [raw[cell] for cell in [(0, 0), (1, 0), (2, 0), (3, 0)]] == ["a", "", "", "€"]
+    assert (raw[2, 1], raw[3, 1], raw[4, 1]) == ("", "�!", '"')  # what was no character is shown as such
+
+
+def test_the_page_is_one_piece_and_shows_itself_in_a_notebook(tmp_path):
+    tree, reward, advantage = hand_built_tree()
+    page = draw.explore_tree(tree, to_text, reward=reward, advantage=advantage, prompt="</script><img src=x onerror=alert(1)>")
+    assert page.count("<script") == 2 and "<img" not in page and "http" not in page.replace("http://www.w3.org", "")
+    frame = page._repr_html_()
+    assert frame.startswith("<iframe srcdoc=") and frame.count("<") == 2 and html.unescape(re.search('srcdoc="([^"]*)"', frame)[1]) == page
+    page.save(tmp_path / "tree.html")
+    assert (tmp_path / "tree.html").read_text(encoding="utf-8") == page
+    with pytest.raises(ValueError, match=r"column quality has shape \(2, 2\)"):
+        draw.explore_tree(tree, to_text, reward=reward, advantage=advantage, columns={"quality": np.zeros((2, 2))})
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="install chromium to see pages as a browser does")
+
+
+def in_browser(page, folder, script=""):
+    """The page's elements after a script has run in it."""
+    file = folder / "page.html"
+    file.write_text(page.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
+    run = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--timeout=20000", "--dump-dom", file.as_uri()],
+        capture_output=True, timeout=120, check=True,
+    )  # fmt: skip
+    return run.stdout.decode()
+
+
+def elements(dom, tag, kind=""):
+    """Texts of the elements of a tag whose class has a word."""
+    found = re.findall(rf'<{tag}\b(?: id="\w+")?(?: class="([^"]*)")?[^>]*>(.*?)</{tag}>', dom, re.DOTALL)
+    return [html.unescape(text) for words, text in found if kind in words.split() or not kind]
+
+
+@needs_browser
+def test_a_browser_shows_every_token_and_how_lines_ended(tmp_path):
+    tree, reward, advantage = hand_built_tree()
+    dom = in_browser(draw.explore_tree(tree, to_text, reward=reward, advantage=advantage, prompt="a question"), tmp_path)
+    shown = elements(dom.split('id="view"')[1].split("<aside")[0], "b")
+    assert sorted(filter(None, shown)) == sorted("abcedfhgtu")  # x hangs nowhere
+    assert sorted(elements(dom, "b", "forced")) == ["d", "g"] and elements(dom, "b", "gone") == ["g"]
+    assert sorted(elements(dom, "em")) == sorted(["✓ 1.0 · A +1.50", "✗ 0.0 · A -0.25", "truncated ✗ 0.1 · A +0.00", "pruned: similar"])
+    assert "1 more of pruned lines partly overwritten" in dom and elements(dom, "pre") == ["a question"]
+
+
+@needs_browser
+def test_a_browser_answers_clicks_searches_and_colours(tmp_path):
+    tree, reward, advantage = hand_built_tree()
+    candidates = {(1, 0): [(ord("c"), 0.5), (ord("q"), 0.125)], None: [(ord("r"), 0.25)]}
+    page = draw.explore_tree(tree, to_text, reward=reward, advantage=advantage, candidates=candidates, columns={"quality": np.ones((5, 4))})
+    root = in_browser(page, tmp_path)
+    assert "a fork into 2" in root and ['"r"', "0.250", "not taken"] == elements(root, "td")[-3:]
+    script = """
+      [...document.querySelectorAll("b")].find(b => b.textContent === "b").click();
+      at("search").value = "DF"; at("search").dispatchEvent(new Event("input"));
+      at("colour").value = "quality"; at("colour").dispatchEvent(new Event("change"));"""
+    dom = in_browser(page, tmp_path, script)
+    cells = elements(dom, "td")
+    assert "a fork into 2" in dom and cells[-9:] == ['"c"', "0.500", "1 leaf, reward 1.000", '"d"', "0.250", "1 leaf, reward 0.000", '"q"', "0.125", "not taken"]
+    assert elements(dom, "pre") == ["(not given)", "ab"] and elements(dom, "b", "path") == ["a", "b"]
+    assert elements(dom, "b", "found") == ["d", "f"] and elements(dom, "span")[-2:][0] == "1 found"
+    full = re.findall(r"<b\b[^>]*rgb\(33, 102, 172\)[^>]*>(.)</b>", dom)  # the highest there is, but for what is grey
+    assert sorted(full) == sorted("abcedfhtu")
+
+
+@needs_browser
+def test_a_browser_takes_text_for_text(tmp_path):
+    tree, reward, advantage = hand_built_tree()
+    texts = dict(zip("abcedfhgtu", ["<i>", "</script>", "&amp;", "\x00", "\n", "<!--", "'\"", "‮", "", "<b>x</b>"]))
+    decode = lambda ids: "".join(texts.get(chr(i), chr(i)) for i in ids)
+    dom = in_browser(draw.explore_tree(tree, decode, reward=reward, advantage=advantage, title="<u>t</u>"), tmp_path, "boxes[0].click()")
+    shown = elements(dom.split('id="view"')[1].split("<aside")[0], "b")
+    assert {"<i>", "</script>", "&amp;", "�", "↵", "<!--", "<b>x</b>", "∎"} <= set(shown)
+    assert "<i>" not in dom.split("<main>")[1].split("<script")[0] and elements(dom, "h1") == ["<u>t</u>"]
+
+
+@needs_browser
+def test_a_browser_shows_a_tree_without_tokens_and_one_of_thousands(tmp_path):
+    tree, reward, advantage = hand_built_tree()
+    tree.used[:], tree.leaf[:] = False, -1
+    dom = in_browser(draw.explore_tree(tree, to_text, reward=reward, advantage=advantage), tmp_path)
+    assert "0 tokens, 0 leaves" in dom
+    tree = random_tree(np.random.default_rng(0), rows=256, slots=16, roots=16, fork=0, end=0, prune=0)
+    dom = in_browser(draw.explore_tree(tree, to_text, reward=np.ones(16), advantage=np.zeros((256, 16))), tmp_path)
+    assert len(re.findall(r"<b\b[^>]*data-i", dom)) == 4096

@@ -162,7 +162,7 @@ class Pruning(NamedTuple):
         pool, where `step` is not called any more.
 
     A reason is tree.PRUNED or above, as it becomes the `end` of the line's last cell, where 1 to 3
-    are the other ends. A new one needs a number in tree.py and a name in draw.ENDS.
+    are the other ends. A new one needs a number in tree.py and a name in draw.view.ENDS.
     """
 
     start: Callable
