@@ -414,6 +414,19 @@ def test_bugs_of_a_preparation_stay_bugs(tmp_path, monkeypatch):
         tasks.make(small(), tmp_path)
 
 
+def test_examples_that_another_process_writes_at_the_same_time_are_read(tmp_path, monkeypatch):
+    own = countdown.Countdown.download_and_prepare
+
+    def after_another(self):
+        other = countdown.Countdown(config=self.builder_config, data_dir=tmp_path, file_format="array_record")
+        other.puzzles = self.puzzles
+        own(other)
+        own(self)
+
+    monkeypatch.setattr(countdown.Countdown, "download_and_prepare", after_another)
+    assert len(tasks.make(small(), tmp_path).train) > 0
+
+
 @pytest.mark.parametrize("numbers", [[], [1, 2, 3, 4, 5]])
 def test_an_example_without_numbers_or_with_too_many(numbers):
     with pytest.raises(UserError) as error:

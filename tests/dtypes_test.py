@@ -30,20 +30,16 @@ def rounded(x):
 
 def rounding_policy(*args, **sizes):
     """The policy of a float32 pool that rounds every key and value before it is stored."""
-    policy = make_policy(*args, **sizes)
+    plain, wrap = attention.dense, lambda attend: lambda q, k, v, *more: attend(q, rounded(k), rounded(v), *more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "dense", lambda *given: wrap(plain(*given)))
+        policy = make_policy(*args, **sizes)
 
     def prefill(token, length):
         *head, caches = policy.prefill(token, length)
         return *head, [tuple(map(rounded, cache)) for cache in caches]
 
-    def decode(*args):
-        plain = attention.kernel(MODEL.config.head_dim)
-        with pytest.MonkeyPatch.context() as patch:
-            wrap = lambda attend: lambda q, k, v, *more: attend(q, rounded(k), rounded(v), *more)
-            patch.setattr(attention, "kernel", lambda *_: lambda *given: wrap(plain(*given)))
-            return policy.decode(*args)
-
-    return policy._replace(prefill=prefill, decode=decode)
+    return policy._replace(prefill=prefill)
 
 
 @pytest.fixture(scope="module")

@@ -449,4 +449,4 @@ def _prepared(difficulty: Difficulty, data_dir: str) -> Countdown:
             builder = build()
             if not os.path.exists(builder.data_path):
                 raise
-    return builder
+    return builder if builder.info.splits else build()  # another process wrote them meanwhile
