@@ -113,7 +113,9 @@ def dense(prompt_length: jax.Array, path: jax.Array, row: jax.Array, write: jax.
     own, target = jnp.arange(slots), _cell(row, write, path.shape[2])
     cells = lambda x: x.reshape(*x.shape[:2], -1, *x.shape[4:])  # of all slots, in one axis: CPUs take short ones badly
     ancestor = cells(path[:, :, None, :rows] == own[:, None])  # [B, K, K * rows]
-    lowest, f32 = jnp.finfo(jnp.float32).min, dict(preferred_element_type=jnp.float32)
+    # 0 or -inf, by a logarithm: what costs less XLA computes again in every use, at several times the cost of the use
+    shut = lambda seen: jnp.log(seen.astype(jnp.float32))
+    of_tree, f32 = shut(ancestor), dict(preferred_element_type=jnp.float32)
 
     def attend(q, k, v, cache, window=None):
         prompt_k, prompt_v, pool_k, pool_v = cache
@@ -124,14 +126,13 @@ def dense(prompt_length: jax.Array, path: jax.Array, row: jax.Array, write: jax.
         q = rearrange(q, "b k (g r) d -> b g k r d", g=k.shape[2]) * q.shape[-1] ** -0.5
         on_prompt = jnp.einsum("bgkrd,bgpd->bgkrp", q, prompt_k, **f32)
         real = (jnp.arange(prompt_k.shape[2]) < prompt_length[:, None])[:, None]  # [B, 1 or K, P]
-        seen = ancestor
+        hidden = of_tree
         if window is not None:
             place = (prompt_length[:, None] + row)[..., None]  # of each head, from the prompt's first token
             real &= place - jnp.arange(prompt_k.shape[2]) < window
-            seen &= jnp.tile(row[..., None] - jnp.arange(rows) < window, slots)
-        on_prompt = jnp.where(real[:, None, :, None], on_prompt, lowest)
-        on_pool = jnp.einsum("bgkrd,bgjd->bgkrj", q, cells(pool_k[:, :, :, :rows]), **f32)
-        on_pool = jnp.where(seen[:, None, :, None], on_pool, lowest)
+            hidden = shut(ancestor & jnp.tile(row[..., None] - jnp.arange(rows) < window, slots))
+        on_prompt += shut(real)[:, None, :, None]
+        on_pool = jnp.einsum("bgkrd,bgjd->bgkrj", q, cells(pool_k[:, :, :, :rows]), **f32) + hidden[:, None, :, None]
         top = jnp.maximum(on_prompt.max(-1), on_pool.max(-1))
         on_prompt, on_pool = (jnp.exp(x - top[..., None]) for x in (on_prompt, on_pool))
         norm = on_prompt.sum(-1) + on_pool.sum(-1)
