@@ -241,7 +241,8 @@ def sample(
         head = jax.vmap(lambda token, row, column: token[row, column])(grid["token"], row, column)
         was_active = lines.status == ACTIVE
         write = was_active & (lines.cursor > lines.birth)  # another line's cell has been written by its own
-        logits, cache = policy.decode(carry.cache, head, lines.cursor - 1, lines.path, write, rows_in_use)
+        at = jnp.where(was_active, lines.cursor - 1, T.NONE)  # nobody reads the logits of lines that ended
+        logits, cache = policy.decode(carry.cache, head, at, lines.path, write, rows_in_use)
         drawn, ruled, births = decide(carry, logits, grows)
 
         born = births.line >= 0

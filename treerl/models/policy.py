@@ -11,6 +11,40 @@ from treerl.models.transformer import Model
 from treerl.types import Params, Policy
 
 
+PART = 64  # heads that a CPU decodes at a time
+
+
+def in_parts(block, x, angles, attend, cache, window, running):
+    """A block for the heads that run, some at a time: a CPU's time goes with their number. What comes out for others is void.
+
+    Args: see `transformer.Block`; running: [B, K] bool.
+    """
+    running, flat = running.reshape(-1), lambda y: y.reshape(-1, *y.shape[2:])
+    count = jnp.sum(running)
+    place = jnp.where(running, jnp.cumsum(running) - 1, count + jnp.cumsum(~running) - 1)  # those that run come first
+    order = jnp.zeros_like(place).at[place].set(jnp.arange(place.size), unique_indices=True)
+    sort, back = lambda y: flat(y)[order], lambda y: y[place].reshape(*x.shape[:2], *y.shape[1:])
+
+    def apply(function, *arrays):
+        """function([1, PART, ...], ...) -> [1, PART, ...] of as many parts as hold heads that run."""
+        run = lambda *each: jax.tree.map(lambda y: y[0], function(*(y[None] for y in each)))
+
+        def one(i, out):
+            start = jnp.minimum(i * PART, place.size - PART)  # the last part overlaps the one before
+            cut = lambda y: jax.lax.dynamic_slice_in_dim(y, start, PART)
+            put = lambda y, new: jax.lax.dynamic_update_slice_in_dim(y, new, start, 0)
+            return jax.tree.map(put, out, run(*map(cut, arrays)))
+
+        shapes = jax.eval_shape(run, *(y[:PART] for y in arrays))
+        start = jax.tree.map(lambda y: jnp.zeros((place.size, *y.shape[1:]), y.dtype), shapes)
+        return jax.lax.fori_loop(0, (count + PART - 1) // PART, one, start)
+
+    x_sorted = sort(x)
+    qkv = apply(lambda x, *angles: block.before(x, angles), x_sorted, *map(sort, angles))
+    attended, cache = attend(*map(back, qkv), cache, window)
+    return back(apply(block.after, x_sorted, sort(attended))), cache
+
+
 def make_policy(
     model: Model, params: Params, *, slots: int, rows: int, mesh: Mesh | None = None, pool_dtype: str | None = None, weight_dtype: str | None = None
 ) -> Policy:
@@ -58,15 +92,19 @@ def make_policy(
 
     def decode(cache, token, row, path, write, rows):
         length, last, _, caches = cache
+        path = jnp.where(row[..., None] < 0, -1, path)  # what is not read costs nothing
         views = module.views(length[:, None] + row, caches[0][0].shape[2] + path.shape[2])
         hides = views[0][1] is not None
         form = attention.dense if hides else kernel
         attend = form(length, path, row, write, rows)
+        parts = lone and attention.platform(mesh) == "cpu" and token.size > PART
         # traced once: what differs between layers comes in as data
         fused = in_kernels and form is not attention.dense
         rounded = narrow and fused and fits(token.size)
         if fused:
             block = jax.jit(lambda weights, x, cache, view, gate_up: block_of(weights).decode(x, view[0], attend, cache, gate_up))
+        elif parts:
+            block = jax.jit(lambda weights, x, cache, view, _: in_parts(block_of(weights), x, view[0], attend, cache, view[1], row >= 0))
         else:
             block = jax.jit(lambda weights, x, cache, view, _: block_of(weights)(x, view[0], attend, cache, view[1]))
         x, new = module.embed(token), []

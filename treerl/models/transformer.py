@@ -267,8 +267,18 @@ class Block(Placed):
 
     def __call__(self, x, angles, attend, cache, window=None):
         """x [B, T, D], angles of `rotary` -> (x, cache) of this layer; window: see `Transformer.views`."""
+        attended, cache = attend(*self.before(x, angles), cache, window)
+        return self.after(x, checkpoint_name(attended, PRODUCT)), cache
+
+    def before(self, x, angles):
+        """What is attended: x [B, T, D] -> queries [B, T, H, d], keys and values [B, T, G, d]."""
         with self.config.products():
-            return self._forward(x, angles, attend, cache, window)
+            return self._heads(self._product(self.attention_norm(x), "qkv"), angles)
+
+    def after(self, x, attended):
+        """x [B, T, D] after attention, [B, T, H, d], and the MLP."""
+        with self.config.products():
+            return self._after(x, attended)
 
     def decode(self, x, angles, attend, cache, gate_up=None):
         """The same in kernels for GPUs, for few tokens and without gradients or adapters.
@@ -310,17 +320,14 @@ class Block(Placed):
         y = checkpoint_name(jnp.tensordot(x, self.weight(name), INPUTS[name]), PRODUCT)
         return y + getattr(self, name + LORA)(x) if self.config.lora_rank else y
 
-    def _forward(self, x, angles, attend, cache, window):
-        c, h = self.config, self.attention_norm(x)
-        q, k, v = self._heads(self._product(h, "qkv"), angles)
-        attended, cache = attend(q, k, v, cache, window)
-        attended = checkpoint_name(attended, PRODUCT)
+    def _after(self, x, attended):
+        c = self.config
         h = self._product(self.place(attended, None, "heads", None), "out")
         x = x + (self.attention_out_norm(h) if c.post_norms else h)
         h = self.place(self._product(self.mlp_norm(x), "gate_up"), None, None, "mlp")
         gate, up = (jnp.squeeze(x, -2) for x in jax.lax.split(h, (1, 1), axis=h.ndim - 2))
         h = self._product(ACTIVATIONS[c.activation](gate) * up, "down")
-        return self.place(x + (self.mlp_out_norm(h) if c.post_norms else h), None, None), cache
+        return self.place(x + (self.mlp_out_norm(h) if c.post_norms else h), None, None)
 
     def _heads(self, qkv, angles):
         """Queries, keys and values of their product [B, T, G, R + 2, d]: q [B, T, H, d], k, v [B, T, G, d]."""
