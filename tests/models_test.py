@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from treerl import attention
+from treerl.models import policy as module
+from treerl.models.policy import make_policy
 from treerl.models.presets import PRESETS
-from treerl.models.transformer import Llama3Scaling, Model, TransformerConfig, frequencies
+from treerl.models.transformer import Block, Llama3Scaling, Model, TransformerConfig, frequencies
 
 TINY = TransformerConfig(
     vocab=11, layers=3, width=12, heads=6, kv_heads=2, head_dim=4, hidden=20, rope_theta=500.0, norm_eps=1e-3
@@ -159,3 +161,33 @@ def test_presets_have_the_published_sizes():
 def test_sizes_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **changes)
+
+
+@pytest.mark.parametrize("part", [5, 12, 20])
+def test_heads_are_decoded_in_parts_and_those_that_do_not_run_are_left_out(monkeypatch, part):
+    """24 heads, 24 to none of them running: the same logits and the same pool as all at once."""
+    params, rng, slots, rows = Model(TINY).init(jax.random.key(0)), np.random.default_rng(0), 8, 4
+    policy = make_policy(Model(TINY), params, slots=slots, rows=rows)
+    own, length = np.arange(slots), jnp.array([3, 5, 1])
+    start = policy.prefill(jnp.asarray(rng.integers(0, 11, (3, 5))), length)
+    path, token = np.full((3, slots, rows), -1), jnp.asarray(rng.integers(0, 11, (3, slots)))
+    plain, some, computed = start, start, []
+
+    def counted(self, x, attended, after=Block.after):
+        jax.debug.callback(lambda: computed.append(x.shape[1]))
+        return after(self, x, attended)
+
+    for row, share in enumerate((1, 0.6, 0.2, 0)):
+        path[:, :, row] = own
+        runs = jnp.asarray(rng.random((3, slots)) < share)
+        given = token, jnp.where(runs, row, -1), jnp.asarray(path), runs, rows
+        wanted, plain = policy.decode(plain, *given)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "PART", part)
+            patch.setattr(Block, "after", counted)
+            computed.clear()
+            got, some = policy.decode(some, *given)
+            jax.effects_barrier()
+        assert sum(computed) == TINY.layers * part * -(-int(runs.sum()) // part)
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), some, plain)
