@@ -9,6 +9,7 @@ import pytest
 from sharding_test import Tiny, one_device
 from treerl import report
 from treerl import step as S
+from treerl.draw import Page
 from treerl.errors import UserError
 
 EVIL = '<script>alert("1")</script> & {x} $y_1$'
@@ -52,7 +53,7 @@ def test_report_escapes_everything(tmp_path):
         tmp_path / "report.html",
         title=EVIL,
         config_text=EVIL,
-        trees=[(EVIL, "<svg></svg>", EVIL)],
+        trees=[(EVIL, Page("<p>a tree</p>"), EVIL)],
         before={EVIL: 0.5},
         after={EVIL: EVIL},
         history=[{"step": i, "reward" + EVIL: float(i)} for i in range(3)],
@@ -106,7 +107,7 @@ def test_report_table_lists_missing_numbers_as_dashes(tmp_path):
 
 def test_report_is_self_contained_and_repeatable(tmp_path):
     history = [{"step": i, "reward": i / 7} for i in range(40)]
-    pages = [write(tmp_path / f"{i}.html", history=history, trees=[("c", "<svg></svg>", "t")]) for i in range(2)]
+    pages = [write(tmp_path / f"{i}.html", history=history, trees=[("c", Page("<p>a tree</p>"), "t")]) for i in range(2)]
     assert pages[0] == pages[1]
     assert "src=" not in pages[0] and 'href="http' not in pages[0] and "@import" not in pages[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.html", "1.html"]

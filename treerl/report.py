@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
+from treerl.draw import Page
 from treerl.errors import UserError
 from treerl.files import write_text
 
@@ -50,8 +51,6 @@ th, td {{ padding: .2rem 1rem; border-bottom: 1px solid #ddd; text-align: right;
 th:first-child, td:first-child {{ text-align: left; }}
 pre {{ font-size: 13px; line-height: 1.3; overflow-x: auto; background: #f6f6f6; padding: 1rem; }}
 svg {{ max-width: 100%; height: auto; }}
-.tree {{ overflow-x: auto; }}
-.tree svg {{ max-width: none; }}
 @media (prefers-color-scheme: dark) {{
   body {{ color: #ddd; background: #15171a; }}
   pre {{ background: #22252a; }}
@@ -76,7 +75,7 @@ def write_report(
     warmup: list[dict],
     before: dict,
     after: dict,
-    trees: list[tuple[str, str, str]],
+    trees: list[tuple[str, Page, str]],
 ) -> None:
     """Writes report.html, one file that needs nothing beside it and no network.
 
@@ -90,7 +89,7 @@ def write_report(
         warmup: lines of the supervised warm-up: step, loss, pass@1.
         before: name -> number measured before training.
         after: the same after training.
-        trees: (caption, SVG element, text) of some trees; the SVG is put into the page as it is.
+        trees: (caption, page of `draw.explore_tree`, text) of some trees.
     """
     sections = [
         ("Before and after", _table(before, after)),
@@ -109,9 +108,9 @@ def write_report(
     write_text(path, _PAGE.format(title=html.escape(title), body=body))
 
 
-def _tree(caption: str, svg: str, text: str) -> str:
+def _tree(caption: str, page: Page, text: str) -> str:
     fold = f"<details><summary>as text</summary>\n<pre>{html.escape(text)}</pre></details>"
-    return f'<p>{html.escape(caption)}</p>\n<div class="tree">{svg}</div>\n{fold}'
+    return f"<p>{html.escape(caption)}</p>\n{page._repr_html_()}\n{fold}"
 
 
 def _table(before: dict, after: dict) -> str:

@@ -254,8 +254,8 @@ def write_report(experiment: Experiment, state, workdir: str, curve, before: dic
     )
 
 
-def example_trees(experiment: Experiment, state, count: int = 16, shown: int = 4) -> list[tuple[str, str, str]]:
-    """(caption, SVG, text) of some held-out trees: contrast, forks, pruned lines, no contrast."""
+def example_trees(experiment: Experiment, state, count: int = 16, shown: int = 4) -> list[tuple[str, draw.Page, str]]:
+    """(caption, page, text) of some held-out trees: contrast, forks, pruned lines, no contrast."""
     heldout = experiment.task.heldout
     examples = [heldout[i] for i in range(min(count, len(heldout)))]
     grown = experiment.grow(state, examples, step=int(state.step))
@@ -272,10 +272,10 @@ def example_trees(experiment: Experiment, state, count: int = 16, shown: int = 4
     result = []
     for i in picks:
         tree, text = jax.tree.map(lambda x: x[i], grown.tree), experiment.read_text(grown, i)
-        svg = draw.draw_tree(
+        page = draw.explore_tree(
             tree, experiment.task.tokenizer.decode, reward=grown.reward[i], advantage=grown.advantage[i],
-            right=experiment.task.right, title=text,
+            right=experiment.task.right, prompt=text,
         )  # fmt: skip
         caption = f"{right[i]} of {valid[i].sum()} leaves right; forks: {grown.forks[i]}; pruned: {grown.pruned[i]}."
-        result.append((caption, svg, text + "\n" + experiment.tree_text(grown, i)))
+        result.append((caption, page, text + "\n" + experiment.tree_text(grown, i)))
     return result
