@@ -1,11 +1,8 @@
 """Configs: arguments of experiments, what every file of experiments/ promises, and wrong fields."""
-import ast
 import importlib
-import inspect
-import io
 import pathlib
+import subprocess
 import sys
-import tokenize
 
 import pytest
 from absl import flags
@@ -67,58 +64,6 @@ def test_parse_arg_errors(arg, known, message):
 
 
 
-def comments(source: str) -> set[int]:
-    """Numbers of the lines that hold a comment."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {t.start[0] for t in tokens if t.type == tokenize.COMMENT and len(t.string.strip("# ")) > 2}
-
-
-def uncommented(source: str) -> set[str]:
-    """Fields set in `default` whose line, or the line above, has no comment, as 'section.field'."""
-    noted, found = comments(source), set()
-    [function] = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "default"]
-
-    def is_noted(line: int) -> bool:
-        above = source.splitlines()[line - 2].strip()
-        return line in noted or above.startswith("#")
-
-    for node in function.body:
-        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Attribute):
-            continue
-        section = node.targets[0].attr
-        keywords = [
-            k
-            for call in ast.walk(node.value)
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "dict"
-            for k in call.keywords
-        ]
-        if not keywords:
-            found |= set() if is_noted(node.lineno) else {section}
-        found |= {f"{section}.{k.arg}" for k in keywords if not is_noted(k.lineno)}
-    return found
-
-
-def test_every_field_is_commented():
-    assert uncommented(inspect.getsource(C)) == set()
-
-
-def test_comments_are_found():
-    source = (
-        "def default():\n"
-        "    config = ConfigDict()\n"
-        "    config.a = 1  # of everything\n"
-        "    config.b = 1\n"
-        "    # above\n"
-        "    config.c = 1\n"
-        "    config.d = ConfigDict(dict(\n"
-        "        e=1,\n"
-        "        f=2,  # this\n"
-        "        g='# no comment',\n"
-        "    ))\n"
-    )
-    assert uncommented(source) == {"b", "d.e", "d.g"}
-
-
 # --- experiments ----------------------------------------------------------------------------------
 
 
@@ -172,3 +117,27 @@ def test_flags_override_fields(parse):
     config = parse(":seed=4", "--config.sampler.slots=3", "--config.steps=7", "--config.learner.kl=1")
     assert (config.seed, config.sampler.slots, config.steps) == (4, 3, 7)
     assert config.learner.kl == 1.0 and isinstance(config.learner.kl, float)
+
+
+def test_every_field_is_explained():
+    said = C.comments()
+    assert all(said[name] for name, _ in C.fields(C.default()))
+    assert said["learner.epochs"].startswith("updates") and said["text"].startswith("what text tasks read")
+    assert said["environment.memory"].endswith("with the goal ...")  # a comment of two lines
+    assert said["mesh.data"] == said["mesh.tensor"] == "devices along each axis, -1: the rest"
+    given = C.default()
+    given.steps, given.text.graders = 7, ConfigDict(dict(number=1.0))
+    text = C.explain(given)
+    lines = text.splitlines()
+    assert lines[1] == "steps = 7 (default 400)  updates of the policy by reinforcement learning"
+    assert "  text.graders = {'number': 1.0} (default {'exact': 1.0})  name -> weight" in text
+    names = [line.split(" = ")[0].strip() for line in lines if " = " in line.split("  #")[0] and not line.startswith(" " * 8)]
+    assert names == [name for name in said if name in dict(C.fields(given))]
+
+
+def test_the_trainer_lists_the_fields_of_an_experiment():
+    command = [sys.executable, "-m", "launch.train", "--config=experiments/countdown.py:grpo", "--config.steps=7", "--help_config"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    wanted = importlib.import_module("experiments.countdown").get_config("grpo")
+    wanted.steps = 7
+    assert run.stdout == C.explain(wanted) + "\n"

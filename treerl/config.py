@@ -1,5 +1,10 @@
 """Every field of an experiment, with its default. Only `functions` and the host loop read the whole of it."""
+import ast
 import difflib
+import inspect
+import io
+import textwrap
+import tokenize
 
 from ml_collections import ConfigDict
 
@@ -285,6 +290,38 @@ RULES = (
     ("split or callback", ("split", "callback").__contains__, "text.grading"),
     ('(question, answer) pairs of text, such as (("1 + 1?", "2"),)', _are_shots, "text.shots"),
 )  # fmt: skip
+
+
+def comments() -> dict[str, str]:
+    """What `default` says of each field and section, by name: the comment beside it and below, up to the next."""
+    source = inspect.getsource(default)
+    said = [(t.start[0], t.string.lstrip("# ")) for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
+    places = []  # (line, name), in order
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+            section = node.targets[0].attr
+            places.append((node.lineno, section))
+            made = node.value
+            while isinstance(made, ast.Call) and made.args:  # ConfigDict(dict(field=value, ...))
+                made = made.args[0]
+            places += [(field.value.lineno, f"{section}.{field.arg}") for field in getattr(made, "keywords", ())]
+    until = lambda line: min([other for other, _ in places if other > line], default=len(source))  # fields of one line share it
+    return {name: " ".join(text for at, text in said if line <= at < until(line)) for line, name in places}
+
+
+def explain(config: ConfigDict) -> str:
+    """Every field with its value and its comment; its default, where that is another. Text of --help_config."""
+    said, plain, lines, last = comments(), dict(fields(default())), [], ""
+    place = list(said).index
+    for name, value in sorted(fields(config), key=lambda field: place(field[0]) if field[0] in said else len(said)):
+        section = name.rpartition(".")[0]
+        if section != last:
+            lines.append(f"\n{section}" + (f": {note}" if (note := said.get(section)) else ""))
+        last, shown = section, lambda x: repr(x.to_dict() if isinstance(x, ConfigDict) else x)
+        other = f" (default {shown(plain[name])})" if name in plain and shown(plain[name]) != shown(value) else ""
+        text = f"{name} = {shown(value)}{other}  {said.get(name, '')}"
+        lines.append("  " * bool(section) + textwrap.fill(text, 118, subsequent_indent=" " * 8, break_long_words=False))
+    return "\n".join(lines)
 
 
 def unknown(name: str, known) -> UserError:
