@@ -78,7 +78,10 @@ def explore_tree(
             leaves=leaves.tolist(), mean=[finite(t / n) if n else None for t, n in zip(total, leaves)],
         ),
         columns={name: [finite(values[cell]) for cell in index] for name, values in columns.items()},
-        candidates={"prompt" if cell is None else index[cell]: named(pairs) for cell, pairs in (candidates or {}).items() if cell is None or cell in index},
+        candidates={
+            "prompt" if cell is None else index[cell]: named(pairs)
+            for cell, pairs in (candidates or {}).items() if cell is None or cell in index
+        },
         ends=ends, lanes=1 + max([box.lane for box in boxes], default=0),
         width=round(max([box.x + box.width for box in boxes], default=0)) + 260,
         summary=f"{len(index)} tokens, {len(view.rewards)} leaves" + (f", {lost} more of pruned lines partly overwritten" if lost else ""),

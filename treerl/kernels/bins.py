@@ -80,7 +80,9 @@ def _blocks(shape, *places):
         cut=lambda block, group=1: pl.BlockSpec((None, block, None, dim), lambda n, h, i: (n, i, h // group, 0)),
         every=lambda group=1: pl.BlockSpec((None, size, None, dim), lambda n, h, i: (n, 0, h // group, 0)),
         part=lambda block: pl.BlockSpec((None, None, block), lambda n, h, i: (n, h, i)),
-        listed=lambda array: [pl.BlockSpec((None, None, array.shape[2]), lambda n, h, i: (n, i, 0)), pl.BlockSpec((None, None), lambda n, h, i: (n, i))],
+        listed=lambda array: [
+            pl.BlockSpec((None, None, array.shape[2]), lambda n, h, i: (n, i, 0)), pl.BlockSpec((None, None), lambda n, h, i: (n, i))
+        ],
         places=[pl.BlockSpec((1,), lambda n, h, i: (0,)) if x.ndim == 1 else bin_(x) for x in places],
     )
 

@@ -41,7 +41,8 @@ def in_parts(block, x, angles, attend, cache, window, running):
 
     x_sorted = sort(x)
     qkv = apply(lambda x, *angles: block.before(x, angles), x_sorted, *map(sort, angles))
-    attended, cache = attend(*map(back, qkv), cache, window)
+    with block.config.products():
+        attended, cache = attend(*map(back, qkv), cache, window)
     return back(apply(block.after, x_sorted, sort(attended))), cache
 
 

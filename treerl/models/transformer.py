@@ -267,8 +267,9 @@ class Block(Placed):
 
     def __call__(self, x, angles, attend, cache, window=None):
         """x [B, T, D], angles of `rotary` -> (x, cache) of this layer; window: see `Transformer.views`."""
-        attended, cache = attend(*self.before(x, angles), cache, window)
-        return self.after(x, checkpoint_name(attended, PRODUCT)), cache
+        with self.config.products():
+            attended, cache = attend(*self.before(x, angles), cache, window)
+            return self.after(x, checkpoint_name(attended, PRODUCT)), cache
 
     def before(self, x, angles):
         """What is attended: x [B, T, D] -> queries [B, T, H, d], keys and values [B, T, G, d]."""
