@@ -4,6 +4,7 @@ Each has a form in XLA that means the same: `attention.dense` and `attention.pac
 `transformer.Block` without kernels. What all of them need is here.
 """
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
@@ -25,3 +26,8 @@ def barrier():
 def whole(*shape):
     """All of an array in every program."""
     return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+
+
+def exactly(dtype) -> dict:
+    """How `triton.dot` multiplies a dtype: float32 in float32."""
+    return dict(precision=jax.lax.Precision.HIGHEST) if dtype == jnp.float32 else {}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from treerl.kernels import LOWEST, call
+from treerl.kernels import LOWEST, call, exactly
 
 _LOG2_E = 1.4426950408889634  # exponentials are of base two, the faster ones
 
@@ -17,7 +17,7 @@ def fits(size: int, head_dim: int) -> bool:
     return size % 16 == 0 and head_dim >= 16 and head_dim & (head_dim - 1) == 0
 
 
-def live(stop, position, window, queries: int, keys: int) -> tuple[jax.Array, jax.Array]:
+def live(stop, position, window, queries: int, keys: int) -> jax.Array:
     """Which blocks of keys some query of a block of queries sees.
 
     Without a window exactly those: the keys before a block's first query whose subtrees reach it, and the block's own.
@@ -98,14 +98,9 @@ def _sight(place_refs, query, key):
     return seen
 
 
-def _exact(dtype):
-    """How products of a dtype are made: those of float32 in float32."""
-    return dict(precision=jax.lax.Precision.HIGHEST) if dtype == jnp.float32 else {}
-
-
 def _forward(spec, q, k, v, places, lists):
     (queries, keys, warps, stages), (bins, size, heads, dim) = spec, q.shape
-    group, exact, order = heads // k.shape[2], _exact(q.dtype), lists[0]
+    group, exact, order = heads // k.shape[2], exactly(q.dtype), lists[0]
     scale, own = dim**-0.5 * _LOG2_E, jnp.arange
 
     def program(q_ref, k_ref, v_ref, order_ref, count_ref, *refs):
@@ -147,7 +142,7 @@ def _keep(spec, q, k, v, places, lists):
 
 def _backward(spec, kept, slope):
     (queries, keys, warps, stages), (q, k, v, places, lists, out, log) = spec, kept
-    (bins, size, heads, dim), kv_heads, exact, own = q.shape, k.shape[2], _exact(q.dtype), jnp.arange
+    (bins, size, heads, dim), kv_heads, exact, own = q.shape, k.shape[2], exactly(q.dtype), jnp.arange
     group, scale = heads // kv_heads, dim**-0.5
     mean = jnp.einsum("nchd,nchd->nhc", slope, out, preferred_element_type=jnp.float32)  # of a query's slopes, weighted
     of = _blocks((size, dim), *places)

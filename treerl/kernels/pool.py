@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from treerl.kernels import LOWEST, barrier, call
+from treerl.kernels import LOWEST, barrier, call, exactly
 
 
 def lines_standing(path: jax.Array) -> jax.Array:
@@ -54,7 +54,7 @@ def pool_attention(
     prompt_span = prompt_span or max(128, pl.next_power_of_2(width) // 4)
     shared = -(-width // prompt_span)  # pieces of the prompt, the first
     pieces = shared + slots * cuts
-    exact = dict(precision=jax.lax.Precision.HIGHEST) if qkv.dtype == jnp.float32 else {}
+    exact = exactly(qkv.dtype)
 
     marks = lines_standing(path)
     words = marks.shape[2]
