@@ -11,6 +11,13 @@ import pytest  # noqa: E402
 jax.config.update("jax_enable_compilation_cache", False)
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Float32 means float32 on accelerators as well, whose products XLA rounds otherwise."""
+    with jax.default_matmul_precision(None if jax.default_backend() == "cpu" else "highest"):
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Frees what a file compiled: thousands of programs in one process exceed the memory maps that Linux allows it."""

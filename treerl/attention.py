@@ -20,12 +20,35 @@ from treerl.sharding import TREES
 Attend = Callable
 
 
-def causal(length: jax.Array) -> Attend:
-    """Attention within right-padded rows [B, T]; the cache returned is (k, v) of every position."""
+def _kernel(how: str | None, mesh: Mesh | None, q: jax.Array) -> bool:
+    """Whether attention of q [N, C, H, d] within bins goes through `bin_attention`: half precision on GPUs, unless `how` says."""
+    half = platform(mesh) == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and fits(q.shape[1], q.shape[3])
+    return half if how is None else how == "kernel"
+
+
+def _in_kernel(mesh: Mesh | None, qkv, given):
+    """`bin_attention` on each device's own bins and heads; the partitioner cannot cut it itself."""
+    run = lambda qkv, given: bin_attention(*qkv, *given)
+    if mesh is not None and mesh.size > 1:
+        tokens = PartitionSpec(*TREES, None, "tensor")
+        specs = (tokens,) * 3, tuple(x if x is None else TREES if x.ndim else PartitionSpec() for x in given)
+        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
+    return run(qkv, given)
+
+
+def causal(length: jax.Array, *, mesh: Mesh | None = None, how: str | None = None) -> Attend:
+    """Attention within right-padded rows [B, T]; the cache returned is (k, v) of every position.
+
+    Args: mesh, how: see `packed`; a row is a bin of one chain.
+    """
 
     def attend(q, k, v, cache, window=None):
         del cache
-        seen, index = jnp.arange(q.shape[1])[None] < length[:, None], jnp.arange(q.shape[1])
+        index = jnp.arange(q.shape[1])
+        seen = index[None] < length[:, None]
+        if _kernel(how, mesh, q):
+            stop = jnp.where(seen, length[:, None], 0)
+            return _in_kernel(mesh, (q, k, v), (stop, jnp.broadcast_to(index, stop.shape), window)), (k, v)
         mask = jnp.tril(jnp.ones((q.shape[1],) * 2, bool))[None, None] & seen[:, None, None]
         if window is not None:
             mask &= index[:, None] - index < window
@@ -44,13 +67,12 @@ def packed(
     never a sibling's tokens or another tree's. position [N, C] is what a window counts in: between
     a token and its ancestor in a bin may lie siblings.
 
-    In XLA queries go in static blocks, each against the keys up to its own end, so most of the upper half of
-    the scores is never computed; at most 4 blocks, since each is compiled for itself. On a GPU,
-    half-precision heads of 64 and 128 go through cuDNN's flash attention: scores never reach memory, masks
-    do. Others of powers of two go through a kernel that reads the keys in sight alone, see `bin_attention`.
+    On GPUs half-precision heads of powers of two go through a kernel that reads the keys in sight alone, see
+    `bin_attention`. In XLA queries go in static blocks, each against the keys up to its own end, so most of the upper
+    half of the scores is never computed; at most 4 blocks, since each is compiled for itself.
 
     Args:
-      how: "xla", "cudnn" or "kernel"; None chooses (static).
+      how: "xla" or "kernel"; None chooses (static).
     """
     size = stop.shape[1]
     block = max(block, -(-size // 4 // 64) * 64)
@@ -62,30 +84,14 @@ def packed(
             seen &= position[:, start:end, None] - position[:, None, :end] < window
         return (seen | (key == query))[:, None]  # padding sees itself: no empty row
 
-    def choose(dtype, head_dim):
-        if platform(mesh) != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
-            return "xla"
-        if size % 64 == 0 and head_dim in (64, 128):
-            return "cudnn"
-        return "kernel" if fits(size, head_dim) else "xla"
-
-    def in_kernel(q, k, v, window):
-        run, given = lambda qkv, given: bin_attention(*qkv, *given), (stop, position, window)
-        if mesh is not None and mesh.size > 1:  # the partitioner cannot cut it itself
-            tokens = PartitionSpec(*TREES, None, "tensor")
-            specs = (tokens,) * 3, (TREES, position if position is None else TREES, window if window is None else PartitionSpec())
-            run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
-        return run((q, k, v), given)
-
     def attend(q, k, v, cache, window=None):
-        form, out = how or choose(q.dtype, q.shape[-1]), []
-        if form == "kernel":
-            return in_kernel(q, k, v, window), cache
+        if _kernel(how, mesh, q):
+            return _in_kernel(mesh, (q, k, v), (stop, position, window)), cache
+        out = []
         for start in range(0, size, block):
             end = min(start + block, size)
-            seen = mask(start, end, window)
             own = q[:, start:end], k[:, :end], v[:, :end]
-            out.append(jax.nn.dot_product_attention(*own, mask=seen, implementation=form))
+            out.append(jax.nn.dot_product_attention(*own, mask=mask(start, end, window)))
         return jnp.concatenate(out, axis=1), cache
 
     return attend

@@ -3,13 +3,12 @@
 Both programs start from the same trees and credit, lay them out (packing, or one row a leaf of
 prompt and answer), and return the gradient of the same sum over the same tokens:
   - packed: `learner.gradient` over `packing.Bins`, attention within subtrees, every token once;
-  - flattened: `learner.gradient` over rows, plain causal attention, a shared token as often as
-    leaves stand on it. Log-probs are computed in the same chunks, the clipped objective is summed
+  - flattened: `learner.gradient` over rows, `jax.nn.dot_product_attention` (on a GPU cuDNN's, without a mask), a
+    shared token as often as leaves stand on it. Log-probs are computed in the same chunks, the clipped objective is summed
     per leaf, and a microbatch holds as many tokens. No row is padded, which favours the baseline.
 Trees double their lines at evenly spaced rows until half of a rollout, prompt included, is
 shared by two leaves or more (`shared`). The two losses must agree, else the suite raises. The
-sizes of bins are ones that these trees fill when a tree is split into 4, 2 and 1 bins: attention
-within a bin is dense, so its cost grows with the bin, and what is left empty is paid for too.
+sizes of bins are ones that these trees fill when split and whole: what is left empty is paid for, too.
 
 Model FLOPs utilisation: 6 x parameters of the products x tokens (unique ones of packed trees, all of flattened rows)
 over the time and the speed of a large matrix product in the same run; attention and what is computed again are not
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from treerl import attention, learner, losses, packing, sharding
+from treerl import learner, losses, packing, sharding
 from treerl import step as S
 from treerl import tree as T
 from treerl.bench import measure, peers, shapes, synthetic
@@ -36,10 +35,10 @@ KNOBS = dict(temperature=1.0, clip_low=0.2, clip_high=0.2, dual_clip=jnp.inf, kl
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of the two losses, in units of the mean absolute credit
 
 
-LAYOUT = {  # of each shape: bins that its trees fill when split into 4, 2 and 1, or into 2 and 1; tokens at a time
-    "A": dict(bin_tokens=(1024, 2048, 4096)),
+LAYOUT = {  # of each shape: bins that its trees fill when split into two and whole; tokens at a time
+    "A": dict(bin_tokens=(2048, 3648)),
     "B": dict(bin_tokens=(6144, 10240)),
-    "C": dict(bin_tokens=(2048, 4096)),
+    "C": dict(bin_tokens=(2048, 3648)),
     "D": dict(bin_tokens=(1536, 2560), step_tokens=5120, **shapes.LORA["D"]),
 }
 
@@ -124,13 +123,19 @@ def flatten(tree: T.Tree, prompts, leaf_credit) -> tuple[packing.Bins, jax.Array
     ), jnp.sum(answer)
 
 
+def plain(q, k, v, cache, window=None):
+    """Causal attention within rows that are padded on the right, if at all; by cuDNN where that can."""
+    del window
+    fast = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn" if fast else None), cache
+
+
 def flat_objective(fns: S.Fns):
     """The clipped objective summed over rows, by plain causal attention."""
 
     def objective(params, rows: packing.Bins):
         module, size = fns.model.merge(params), fns.sizes
-        length = jnp.max(rows.stop, axis=1)
-        hidden, _ = module(rows.token, rows.position, attention.causal(length), remat=size.remat)
+        hidden, _ = module(rows.token, rows.position, plain, remat=size.remat)
         hidden = jnp.roll(hidden, 1, axis=1).reshape(-1, hidden.shape[-1])  # a prompt's first token weighs 0
         logp = token_logps(module, hidden, rows.token.reshape(-1), KNOBS["temperature"], chunk=size.vocab_chunk)
         logp = jnp.where(rows.weight > 0, logp.reshape(rows.token.shape), 0)

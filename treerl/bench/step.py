@@ -26,9 +26,9 @@ from treerl.models.presets import PRESETS
 
 
 LAYOUT = {  # what goes through the learner at a time
-    "A": dict(bin_tokens=2048, bins_per_step=8),
+    "A": dict(bin_tokens=4352, bins_per_step=4),
     "B": dict(bin_tokens=10240, bins_per_step=1),
-    "C": dict(bin_tokens=2048, bins_per_step=8),
+    "C": dict(bin_tokens=4352, bins_per_step=4),
     "D": dict(bin_tokens=2560, bins_per_step=2, **shapes.LORA["D"]),
 }
 

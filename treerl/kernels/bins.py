@@ -1,4 +1,4 @@
-"""Attention of the learner, within bins of depth-first tokens, forward and backward."""
+"""Attention within bins of depth-first tokens, forward and backward: of the learner, and of prompts."""
 import functools
 import math
 
@@ -44,7 +44,7 @@ def _listed(seen):
     return jnp.argsort(~seen, axis=-1, stable=True).astype(jnp.int32), jnp.sum(seen, axis=-1, dtype=jnp.int32)
 
 
-def bin_attention(q, k, v, stop, position=None, window=None, *, queries: int = 64, keys: int = 64, warps: int = 4, stages: int = 2):
+def bin_attention(q, k, v, stop, position=None, window=None, *, queries: int = 64, keys: int = 64, warps: int = 4, stages: int = 3):
     """Attention within bins, in which a query sees itself and the keys in whose subtrees it lies: k <= q < stop[k].
 
     A program for every block of queries (for gradients of keys and values: of keys) goes through those blocks of the
@@ -54,7 +54,7 @@ def bin_attention(q, k, v, stop, position=None, window=None, *, queries: int = 6
     Args:
       q: [N, C, H, d]. k, v: [N, C, G, d]. stop: [N, C] int32, see `packing.Bins`. See `fits` for C and d.
       window: [] int32, positions that a query sees, its own included, or None; position: [N, C], what it counts in.
-      queries, keys: sizes of blocks, at most; the largest powers of two that divide C. warps, stages: of Triton.
+      queries, keys: sizes of blocks, powers of two; smaller where C is no multiple of them. warps, stages: of Triton.
 
     Returns:
       [N, C, H, d] of q's dtype, to be differentiated by q, k and v.

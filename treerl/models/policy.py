@@ -82,7 +82,7 @@ def make_policy(
         batch, width = token.shape
         position = jnp.broadcast_to(jnp.arange(width), token.shape)
         # without a gradient nothing is stored of a layer: a scan, which compiles faster
-        hidden, (k, v) = module(token, position, attention.causal(length), remat="layers")
+        hidden, (k, v) = module(token, position, attention.causal(length, mesh=mesh), remat="layers")
         last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
         stored = pool_dtype or config.dtype
         place = lambda x: sharding.constrain(x, mesh, "trees", "kv_heads", *[None] * (x.ndim - 2))
