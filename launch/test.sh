@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests, two at a time where there are cores for it. Installs into .venv on the first run.
 #
-#   launch/test.sh [arguments of pytest]
+#   launch/test.sh [--all] [arguments of pytest]     --all: the slow ones, too, and the notebooks
 #   launch/test.sh tests/tree_test.py -k fork
 #
 # Paths are relative to the repository root, wherever this is called from.
