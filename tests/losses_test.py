@@ -154,6 +154,23 @@ def test_log_probs_come_back_to_their_cells(params):  # noqa: F811
         assert not np.any(np.asarray(got)[~np.asarray(jax.vmap(T.kept)(tree))])
 
 
+def test_what_else_could_have_been_drawn(params):  # noqa: F811
+    """Of every kept cell, likeliest first; the drawn token's probability is that of its log-prob, siblings had the same choice."""
+    tree, prompts, _, _ = base.batch(7, fork=0.8)
+    f, one = fns(bin_tokens=64), jnp.float32(1.3)
+    run = jax.jit(lambda t: (learner.cell_candidates(f, params, t, prompts, one, count=7), learner.cell_logps(f, params, t, prompts, one)))
+    (token, chance), logp = jax.tree.map(np.asarray, run(tree))
+    kept, parent, drawn = (np.asarray(x) for x in (jax.vmap(T.kept)(tree), tree.parent, tree.token))
+    assert not chance[~kept].any() and (np.diff(chance[kept]) <= 0).all() and (chance[kept].sum(-1) <= 1 + 1e-5).all()
+    among = (token == drawn[..., None]) & kept[..., None]
+    assert 0 < among.any(-1).sum() < kept.sum()  # some drew what was unlikely
+    np.testing.assert_allclose(chance[among], np.exp(logp)[among.any(-1)], rtol=1e-4)
+    assert (np.exp(logp)[kept & ~among.any(-1)] <= chance[..., -1][kept & ~among.any(-1)] + 1e-6).all()
+    for b, s, k in zip(*np.nonzero(kept)):
+        twin = int(np.nonzero(kept[b, s] & (parent[b, s] == parent[b, s, k]))[0][0])
+        np.testing.assert_allclose(chance[b, s, k], chance[b, s, twin], rtol=1e-4)
+
+
 def test_repeated_context_writes_no_cell(params):  # noqa: F811
     tree, prompts, _, _ = base.batch(7, fork=0.8)
     ones = jax.vmap(T.kept)(tree).astype(jnp.float32)

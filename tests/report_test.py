@@ -1,4 +1,6 @@
 import functools
+import json
+import re
 import xml.etree.ElementTree
 from fnmatch import fnmatch
 
@@ -9,23 +11,23 @@ import pytest
 from sharding_test import Tiny, one_device
 from treerl import report
 from treerl import step as S
-from treerl.draw import Page
 from treerl.errors import UserError
 
 EVIL = '<script>alert("1")</script> & {x} $y_1$'
 
 
-def write(path, **changes):
-    arguments = dict(
-        title="a run",
-        config_text="lr = 1",
-        history=[],
-        warmup=[],
-        before={},
-        after={},
-        trees=[],
-    )
-    report.write_report(path, **(arguments | changes))
+def run(name="a run", **changes) -> report.Run:
+    """What a workdir tells that tells nothing, but for the changes."""
+    return report.Run(**(dict(name=name, config={}, history=[], warmup=[], trees=[], starts=[], notes=[]) | changes))
+
+
+def tree(**changes) -> dict:
+    """A line of trees.jsonl."""
+    return dict(step=0, index=3, caption="c", page="<p>a tree</p>", text="t") | changes
+
+
+def write(path, *runs, **changes):
+    report.write_report(path, list(runs) or [run(**changes)])
     return path.read_text(encoding="utf-8")
 
 
@@ -49,19 +51,14 @@ def drawn(page) -> list[list[tuple[str, list[str]]]]:
 
 
 def test_report_escapes_everything(tmp_path):
-    page = write(
-        tmp_path / "report.html",
-        title=EVIL,
-        config_text=EVIL,
-        trees=[(EVIL, Page("<p>a tree</p>"), EVIL)],
-        before={EVIL: 0.5},
-        after={EVIL: EVIL},
-        history=[{"step": i, "reward" + EVIL: float(i)} for i in range(3)],
-    )
+    lines = [{"step": i, "reward" + EVIL: float(i), EVIL + "@1": 0.5} for i in range(3)]
+    evil = dict(config={EVIL: EVIL}, trees=[tree(caption=EVIL, text=EVIL, page=EVIL)], history=lines, notes=[EVIL], starts=[dict(devices=EVIL)])
+    page = write(tmp_path / "report.html", run(EVIL, **evil))
     assert "<script" not in page
     escaped = "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; {x} $y_1$"
-    assert page.count(escaped) == 7  # title, heading, configuration, caption and text of the tree, twice in the table
+    assert page.count(escaped) == 12  # title, heading, note, score, run, device, three in the configuration, caption, tree and text
     assert "&amp; {x} $y_1$</text>" in page  # In the picture, and no TeX.
+    assert "<script" not in write(tmp_path / "both.html", run(EVIL, **evil), run("other", **evil | dict(config={EVIL: 1})))
 
 
 def test_report_draws_the_metrics_that_exist(tmp_path):
@@ -94,26 +91,118 @@ def test_every_metric_of_a_step_is_drawn_once_and_no_group_is_for_none(tmp_path)
             assert [name for name in names if fnmatch(name, pattern)], pattern
 
 
+def test_trees_of_an_example_lie_beside_each_other(tmp_path):
+    trees = [tree(step=s, index=i, caption=f"{i} at {s}") for s, i in [(0, 5), (0, 2), (9, 5), (9, 2)]]
+    page = write(tmp_path / "report.html", trees=trees)
+    assert re.findall(r"<p>(\d at \d) \((.*?)\)</p>", page) == [
+        ("5 at 0", "before training"), ("5 at 9", "after step 9"), ("2 at 0", "before training"), ("2 at 9", "after step 9"),
+    ]  # fmt: skip
+
+
 def test_report_of_nothing_has_no_empty_sections(tmp_path):
-    page = write(tmp_path / "report.html", config_text="", history=[{"step": 1}])
-    assert "<h1>a run</h1>" in page and "<h2>" not in page and "<svg" not in page
+    page = write(tmp_path / "report.html", history=[{"step": 1}])
+    assert "<h1>a run</h1>" in page and re.findall("<h2>(.*)</h2>", page) == ["Runs"] and "<svg" not in page
 
 
-def test_report_table_lists_missing_numbers_as_dashes(tmp_path):
-    page = write(tmp_path / "report.html", before={"pass@1": 0.12345}, after={"pass@8": 1})
-    assert "<td>pass@1</td><td>0.1235</td><td>—</td>" in page
-    assert "<td>pass@8</td><td>—</td><td>1</td>" in page
+def test_report_table_is_of_what_held_out_examples_measured_first_and_last(tmp_path):
+    lines = [{"step": 0, "pass@1": 0.12345}, {"step": 1, "pass@1": 0.2, "heldout/x": 0.7, "pass@8": 1}, {"step": 2, "reward": 3.0}]
+    page = write(tmp_path / "report.html", history=lines)
+    assert "<td>pass@1</td><td>0.1235</td><td>0.2</td>" in page
+    assert "<td>pass@8</td><td>—</td><td>1</td>" in page and "<td>heldout/x</td><td>—</td><td>0.7</td>" in page
+    assert "<td>reward</td>" not in page
 
 
 def test_report_is_self_contained_and_repeatable(tmp_path):
     history = [{"step": i, "reward": i / 7} for i in range(40)]
-    pages = [write(tmp_path / f"{i}.html", history=history, trees=[("c", Page("<p>a tree</p>"), "t")]) for i in range(2)]
+    pages = [write(tmp_path / f"{i}.html", history=history, trees=[tree()]) for i in range(2)]
     assert pages[0] == pages[1]
     assert "src=" not in pages[0] and 'href="http' not in pages[0] and "@import" not in pages[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.html", "1.html"]
 
 
-# --- several runs ---------------------------------------------------------------------------------
+def test_a_run_tells_how_far_it_is_and_how_fast(tmp_path):
+    lines = [{"step": i, "sampled_tokens": 100, "seconds": s} for i, s in enumerate((None, 50.0, 2.0, 2.0))]
+    starts = [dict(treerl="1", jax="2", python="3", devices="8 x TPU"), dict(treerl="1", jax="2.1", python="3", devices="8 x TPU")]
+    page = write(tmp_path / "report.html", history=lines, config=dict(steps=5), starts=starts)
+    cells = re.search("<tr>(<td>a run</td>.*)</tr>", page)[1]
+    assert re.findall("<td>(.*?)</td>", cells) == [
+        "a run", "3 of 5", "300", "54", "2", "50", "8 x TPU", "treerl 1, jax 2.1, python 3, others before",
+    ]  # fmt: skip
+
+
+def test_runs_that_differ_in_their_seeds_are_one_kind(tmp_path):
+    lines = lambda x: [{"step": i, "sampled_tokens": 10, "pass@1": x * i, "reward": x} for i in range(3)]
+    config = lambda seed, **more: {"seed": seed, "steps": 2, "advantage.name": "grpo", "data_dir": f"d{seed}", "task.name": "sum"} | more
+    runs = [run(f"g_{s}", history=lines(s), config=config(s)) for s in (1, 2)]
+    runs.append(run("other", history=lines(3), config=config(1, **{"advantage.name": "rloo"}), notes=["half"]))
+    assert {name: [x.name for x in kind] for name, kind in report.kinds(runs).items()} == {"g": ["g_1", "g_2"], "other": ["other"]}
+    page = write(tmp_path / "report.html", *runs)
+    assert "<td>pass@1</td><td>0 ± 0 (2)</td><td>3 ± 13 (2)</td><td>0</td><td>6</td>" in page
+    assert "<td>advantage.name</td><td>&#x27;grpo&#x27;</td><td>&#x27;rloo&#x27;</td>" in page
+    assert "<td>seed</td><td>1, 2</td><td>1</td>" in page and "<td>steps</td>" not in page
+    assert ">other: half</p>" in page and "different tasks" not in page
+    [panels] = drawn(page)
+    assert panels == [(title, ["g", "other"]) for title in ("reward", "pass@1", "sampled_tokens", "pass@1 by tokens")]
+    unlike = write(tmp_path / "tasks.html", runs[0], run("x", config=config(1, **{"task.name": "shop"})))
+    assert "These runs learn different tasks (shop, sum): their rewards and scores do not compare." in unlike
+
+
+def test_kinds_are_told_apart_by_name():
+    runs = [run("a", config={"x": 1}), run("a", config={"x": 2}), run("b"), run("b")]
+    assert list(report.kinds(runs)) == ["a (1)", "a (2)", "b (1)", "b (2)"]  # of what is not known nothing is said to be the same
+
+
+def test_seeds_that_do_not_meet_are_drawn_each(tmp_path):
+    short, late = [{"step": 1, "reward": 0.5}], [{"step": 5, "reward": 0.1}, {"step": 6, "reward": 0.2}]
+    runs = [run(f"r{i}", history=lines, config={"seed": i, "x": 0}) for i, lines in enumerate((short, late))]
+    assert drawn(write(tmp_path / "report.html", *runs)) == [[("reward", ["reward"])]]
+
+
+def workdir(folder, **files):
+    """A run's folder with these files; lists are lines of JSON."""
+    folder.mkdir(parents=True)
+    for name, what in files.items():
+        text = "".join(json.dumps(line) + "\n" for line in what) if isinstance(what, list) else what
+        (folder / name.replace("_jsonl", ".jsonl").replace("_json", ".json")).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("end, last", [('{"step": 2, "rew', 1), ('{"step": 2, "rew\n', 1), ('{"step": 2}', 2), ("\n\n", 1)])
+def test_a_last_line_cut_short_is_left_out_and_told(tmp_path, end, last):
+    lines = json.dumps({"step": 1, "reward": 0.5}) + "\n" + end
+    found = report.read_run(workdir(tmp_path / "x", config_json=json.dumps({"steps": last, "seed": 0}), metrics_jsonl=lines))
+    assert [line["step"] for line in found.history] == list(range(1, last + 1))
+    assert found.notes == (["The last line of metrics.jsonl is cut short and left out."] if "rew" in end else [])
+
+
+def test_half_a_run_says_what_is_missing(tmp_path):
+    config = json.dumps({"steps": 4, "seed": 7, "model": {"width": 8}})
+    begun = report.read_run(workdir(tmp_path / "begun", config_json=config))
+    assert begun.config == {"steps": 4, "seed": 7, "model.width": 8}
+    assert begun.notes == ["No step is finished yet: metrics.jsonl has no line of one."]
+    half = report.read_run(workdir(tmp_path / "half", config_json=config, metrics_jsonl=[{"step": 0, "pass@1": 0}, {"step": 1}]))
+    assert half.notes == ["1 of 4 steps are done: the run goes on, or was stopped and the same command continues it."]
+    bare = report.read_run(workdir(tmp_path / "bare", metrics_jsonl=[{"step": 1}]))
+    assert bare.notes == ["config.json is missing: nothing is known of the experiment."]
+    assert all(note in write(tmp_path / "r.html", half) for note in half.notes)
+    for missing, why in [("begun/checkpoints", "does not exist"), ("", "is a folder without a run")]:
+        with pytest.raises(UserError, match=f"workdir={tmp_path / missing} {why}; give the workdir of a run made by"):
+            report.read_run(tmp_path / missing)
+    with pytest.raises(UserError, match="config.json is damaged"):
+        report.read_run(workdir(tmp_path / "damaged", config_json=config[:-3]))
+
+
+def test_seeds_of_one_program_are_runs(tmp_path):
+    folder = workdir(tmp_path / "many", config_json=json.dumps({"steps": 1, "seed": 4}))
+    for seed in (4, 5):
+        workdir(folder / f"seed{seed}", metrics_jsonl=[{"step": 1, "reward": 0.1 * seed}])
+    runs = [report.read_run(path) for path in report.find(str(folder))]
+    assert [(x.name, x.config["seed"], x.notes) for x in runs] == [("many/seed4", 4, []), ("many/seed5", 5, [])]
+    assert list(report.kinds(runs)) == ["many"]
+    assert report.find(str(folder / "seed4")) == [str(folder / "seed4")]
+
+
+# --- curves of several runs ---------------------------------------------------------------------------------
 
 
 def history(values, tokens, every=2):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from treerl import draw, masked, profiling, rewards, sharding, tasks
+from treerl import draw, learner, masked, profiling, rewards, sharding, tasks
 from treerl import prompts as P
 from treerl import step as S
 from treerl import tree as T
@@ -32,6 +32,7 @@ class Grown(NamedTuple):
     pruned: np.ndarray  # [B] int32
     prompt: np.ndarray  # [B, P] int32, as the policy read it: in an environment, with the first observation
     length: np.ndarray  # [B] int32, of the prompt
+    candidates: tuple | None = None  # what was likeliest in each cell, see `learner.cell_candidates`
 
 
 class Experiment:
@@ -82,6 +83,7 @@ class Experiment:
         self._gather = jax.jit(lambda x: x, out_shardings=whole)  # every process has all
         self._grow = program(grow, (shardings, trees, whole, whole, whole), trees)
         self._credit = program(credit, (shardings, trees, trees, whole), trees)
+        self._candidates = program(candidates, (shardings, trees, whole), trees)
         self.splits = {"": self.task.heldout} | ({} if self.task.novel is None else {"novel/": self.task.novel})
         self._starts, shards = {}, sharding.tree_shards(self.mesh)
         for name, examples in self.splits.items():
@@ -265,10 +267,13 @@ class Experiment:
             scores[f"weighted@{n}"] = elected(weighted_vote(found["answer"], found["score"], found["valid"]))
         return scores
 
-    def grow(self, state, examples: list[dict], *, step: int, seed: int = 0) -> Grown:
+    def grow(self, state, examples: list[dict], *, step: int, seed: int = 0, candidates: bool = False) -> Grown:
         """Grows and grades a tree for each example by the run's own rules, as they are at `step`.
 
         An example's place in the list is part of its random key; the number of devices is not.
+
+        Args:
+          candidates: also ask the policy what else it might have drawn; not of agents that read a fresh prompt every turn.
         """
         shards = sharding.tree_shards(self.mesh)
         index = np.arange(-(-len(examples) // shards) * shards)  # repeats fill the last shard
@@ -277,7 +282,8 @@ class Experiment:
         graded = self.grade(sampled.tree, prompts)
         found = self._credit(state, sampled, graded, self.knobs)
         stats, read = sampled.stats, sampled.prompts
-        every = self._gather(Grown(sampled.tree, graded.reward, found, stats.forks, stats.pruned, read.token, read.length))
+        more = self._candidates(state, sampled, self.knobs) if candidates and sampled.contexts is None else None
+        every = self._gather(Grown(sampled.tree, graded.reward, found, stats.forks, stats.pruned, read.token, read.length, more))
         return jax.tree.map(lambda x: x[: len(examples)], jax.device_get(every))
 
     def export(self, state, folder: str, *, dtype: str | None = None) -> None:
@@ -306,6 +312,17 @@ class Experiment:
         """What the model read before tree i."""
         return self.task.tokenizer.decode_prompt(grown.prompt[i, : grown.length[i]])
 
+    def explore(self, grown: Grown, i: int, **options) -> draw.Page:
+        """Tree i as a page to explore, see `draw.explore_tree`, which takes the options."""
+        tree, possible = jax.tree.map(lambda x: x[i], grown.tree), {}
+        if grown.candidates is not None:
+            tokens, chances = (x[i] for x in grown.candidates)
+            for s, k in zip(*np.nonzero(chances[..., 0] > 0)):
+                above = None if s == 0 else (int(s) - 1, int(tree.parent[s, k]))
+                possible[above] = list(zip(tokens[s, k].tolist(), chances[s, k].tolist()))
+        view = dict(reward=grown.reward[i], advantage=grown.advantage[i], right=self.task.right, prompt=self.read_text(grown, i))
+        return draw.explore_tree(tree, self.task.tokenizer.decode, **view | dict(candidates=possible) | options)
+
     def tree_text(self, grown: Grown, i: int) -> str:
         """Tree i as text: its forks and its leaves."""
         view = dict(reward=grown.reward[i], advantage=grown.advantage[i], right=self.task.right)
@@ -333,6 +350,12 @@ def credit(fns: S.Fns, state, sampled: S.Sampled, graded: rewards.Graded, knobs)
     if found.ndim == 3:
         return found
     return jax.vmap(lambda t, x: T.up(t, x) / jnp.maximum(T.leaf_count(t), 1))(tree, found)
+
+
+def candidates(fns: S.Fns, state, sampled: S.Sampled, knobs):
+    """Likeliest tokens of every kept cell and their probabilities, [B, S, K, 5]; traceable."""
+    count = min(5, fns.model.config.vocab)
+    return learner.cell_candidates(fns, state.params, sampled.tree, sampled.prompts, knobs["temperature"], count=count)
 
 
 def load(workdir: str, *, best: bool = False) -> tuple[Experiment, object, int]:

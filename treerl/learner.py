@@ -11,7 +11,7 @@ import optax
 
 from treerl import losses, packing, sharding
 from treerl import tree as T
-from treerl.models.policy import packed_hidden, token_logps
+from treerl.models.policy import likeliest_tokens, packed_hidden, token_logps
 from treerl.types import Prompts
 
 
@@ -31,13 +31,18 @@ def pack(fns, tree: T.Tree, prompts: Prompts, credit, include, reference=None) -
 
 def bin_logps(fns, params, bins: packing.Bins, temperature) -> jax.Array:
     """Log-prob [N, C] of every token of an answer, given its parent; 0 for prompts and padding."""
-    size = fns.sizes
-    module, hidden = packed_hidden(fns.model, params, bins.token, bins.position, bins.stop, remat=size.remat)
+    module, hidden, own = _before(fns, params, bins)
+    logp = token_logps(module, hidden, own(bins.token), temperature, chunk=fns.sizes.vocab_chunk)
+    return jnp.where(bins.cell >= 0, logp.reshape(bins.cell.shape), 0)
+
+
+def _before(fns, params, bins: packing.Bins):
+    """(module, hidden states that predict the tokens of bins, [tokens, D] of each shard, a function that lays out [N, C, ...] so)."""
+    module, hidden = packed_hidden(fns.model, params, bins.token, bins.position, bins.stop, remat=fns.sizes.remat)
     hidden = jnp.take_along_axis(hidden, bins.parent[..., None], axis=1)
     shards = (sharding.tree_shards(fns.model.mesh),) if fns.model.mesh is not None and fns.model.mesh.size > 1 else ()
-    own = lambda x: x.reshape(*shards, -1, *x.shape[2:])  # [N, C, ...] -> [shards, tokens, ...]
-    logp = token_logps(module, own(hidden), own(bins.token), temperature, chunk=size.vocab_chunk)
-    return jnp.where(bins.cell >= 0, logp.reshape(bins.cell.shape), 0)
+    own = lambda x: x.reshape(*shards, -1, *x.shape[2:])
+    return module, own(hidden), own
 
 
 def microbatch(fns, bins: packing.Bins, i) -> packing.Bins:
@@ -50,19 +55,42 @@ def microbatch(fns, bins: packing.Bins, i) -> packing.Bins:
 
 def cell_logps(fns, params, tree: T.Tree, prompts: Prompts, temperature) -> jax.Array:
     """Log-probs of the tokens of kept cells by the learner's own forward pass: [B, S, K], no gradient."""
+    return _of_cells(fns, tree, prompts, lambda bins: bin_logps(fns, params, bins, temperature))
+
+
+def cell_candidates(fns, params, tree: T.Tree, prompts: Prompts, temperature, *, count: int) -> tuple[jax.Array, jax.Array]:
+    """What the policy was likeliest to draw in each kept cell: (tokens int32, probabilities) [B, S, K, count]; 0 elsewhere."""
+
+    def of_bins(bins):
+        module, hidden, _ = _before(fns, params, bins)
+        found = likeliest_tokens(module, hidden, temperature, count=count, chunk=fns.sizes.vocab_chunk)
+        return jax.tree.map(lambda x: x.reshape(*bins.cell.shape, count), found)
+
+    return _of_cells(fns, tree, prompts, of_bins)
+
+
+def _of_cells(fns, tree: T.Tree, prompts: Prompts, of_bins):
+    """of_bins(bins) -> arrays [N, C, ...], in the kept cells of trees: [B, S, K, ...], 0 elsewhere; no gradient."""
     ones = jax.vmap(T.kept)(tree).astype(jnp.float32)
     bins = pack(fns, tree, prompts, (ones, ones, ones), jnp.ones(ones.shape[:1], bool))
     step, shards = fns.sizes.bins_per_step, bins.token.shape[0]
 
     def body(carry):
         i, found = carry
-        logp = bin_logps(fns, params, microbatch(fns, bins, i), temperature).reshape(shards, step, -1)
-        return i + 1, jax.lax.dynamic_update_slice_in_dim(found, logp, i * step, axis=1)
+        put = lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new.reshape(shards, step, *new.shape[1:]), i * step, axis=1)
+        return i + 1, jax.tree.map(put, found, of_bins(microbatch(fns, bins, i)))
 
-    start = jnp.int32(0), jnp.zeros(bins.token.shape, jnp.float32)
-    _, found = jax.lax.while_loop(lambda carry: carry[0] * step < jnp.max(bins.count), body, start)
+    like = jax.eval_shape(lambda: of_bins(microbatch(fns, bins, 0)))
+    start = jax.tree.map(lambda x: jnp.zeros((*bins.token.shape[:2], *x.shape[1:]), x.dtype), like)
+    _, found = jax.lax.while_loop(lambda carry: carry[0] * step < jnp.max(bins.count), body, (jnp.int32(0), start))
     each = ones.reshape(shards, -1, *ones.shape[1:])
-    return jax.lax.stop_gradient(jax.vmap(packing.unpack)(found, bins, each).reshape(ones.shape))
+
+    def back(values):
+        many = jax.vmap(packing.unpack, in_axes=(-1, None, None), out_axes=-1)  # of several numbers a token
+        cells = jax.vmap(many if values.ndim > 3 else packing.unpack)(values, bins, each)
+        return cells.reshape(*ones.shape, *values.shape[3:])
+
+    return jax.lax.stop_gradient(jax.tree.map(back, found))
 
 
 def gradient_norms(fns, params, tree: T.Tree, prompts: Prompts, temperature) -> jax.Array:

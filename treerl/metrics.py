@@ -38,6 +38,7 @@ class LinesFile:
             if os.path.exists(path)
             else []
         )
+        self.empty = not kept  # no line of an earlier process
         temporary = path + ".tmp"
         with open(temporary, "w", encoding="utf-8") as file:
             file.writelines(_dump(line) for line in kept)
@@ -92,31 +93,28 @@ def plain(values: dict) -> dict:
 
 
 def read(path) -> list[dict]:
-    """Reads metrics.jsonl; a last line cut short by an interruption is left out.
+    """Reads metrics.jsonl, or another file of such lines; a last one cut short by an interruption is left out.
 
     Returns:
       One dict a line, with "step"; nan and infinities read as None.
 
     Raises:
-      ValueError: a line before the last is no JSON object with a "step".
+      UserError: a line before the last is no JSON, or any is no object with a "step".
     """
     text = epath.Path(path).read_bytes().decode("utf-8", errors="replace")
-    lines = text.split("\n")
+    lines = text.rstrip().split("\n")
     parsed = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
-            if not isinstance(value, dict) or "step" not in value:
-                raise ValueError
         except ValueError:
-            if number == len(lines):  # No newline behind it: cut short.
+            if number == len(lines):  # cut short
                 break
-            raise UserError(
-                f'{path} line {number} is no JSON object with a "step"; '
-                "remove that line or use a new workdir."
-            ) from None
+            value = None
+        if not isinstance(value, dict) or "step" not in value:
+            raise UserError(f'{path} line {number} is no JSON object with a "step"; remove that line or use a new workdir.')
         parsed.append(value)
     return parsed
 

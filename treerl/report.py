@@ -1,17 +1,22 @@
-"""Pictures: of a run, one self-contained report.html; of several, curves at equal steps and at equal tokens."""
+"""What workdirs tell of runs: one self-contained HTML page of a run or of several; curves at equal steps and at equal tokens."""
 
 import html
 import io
+import os
 from fnmatch import fnmatch
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from etils import epath
 from matplotlib.figure import Figure
 from scipy import stats
 
+from treerl import metrics
 from treerl.draw import Page
 from treerl.errors import UserError
 from treerl.files import write_text
+from treerl.workdir import has_config, read_fields, telling
 
 # (title, patterns of the metrics drawn together), the most wanted first; what no pattern knows is drawn as "other".
 GROUPS = (
@@ -66,76 +71,208 @@ svg {{ max-width: 100%; height: auto; }}
 """
 
 
-def write_report(
-    path,
-    *,
-    title: str,
-    config_text: str,
-    history: list[dict],
-    warmup: list[dict],
-    before: dict,
-    after: dict,
-    trees: list[tuple[str, Page, str]],
-) -> None:
-    """Writes report.html, one file that needs nothing beside it and no network.
+class Run(NamedTuple):
+    """What a workdir tells of a run; what is missing is empty, and `notes` say so."""
 
-    Sections and panels with nothing to show are left out; every metric is in one panel, see GROUPS.
+    name: str
+    config: dict  # field -> value
+    history: list[dict]  # lines of metrics.jsonl
+    warmup: list[dict]  # of warm_start.jsonl: step, loss, pass@1
+    trees: list[dict]  # of trees.jsonl, see `train.show_trees`
+    starts: list[dict]  # of starts.jsonl: versions and devices, each time the run was started or went on
+    notes: list[str]
+
+    def scores(self, last: bool) -> dict:
+        """What held-out examples measured before training, and last: name -> number."""
+        lines = [line for line in self.history if (line["step"] > 0) == last and any("@" in name for name in line)]
+        return {name: x for name, x in lines[-1].items() if _held_out(name)} if lines else {}
+
+
+def find(workdir: str) -> list[str]:
+    """The runs in a folder: itself, or its seeds if launch.seeds made it."""
+    here = epath.Path(workdir)
+    seeds = [] if (here / "metrics.jsonl").exists() else sorted(here.glob("seed*/metrics.jsonl"))
+    return [os.fspath(path.parent) for path in seeds] or [os.fspath(workdir)]
+
+
+def read_run(workdir: str) -> Run:
+    """Reads what there is of a run, finished or not.
+
+    Raises:
+      UserError: there is nothing of one.
+    """
+    here = epath.Path(workdir)
+    parts, parent = here.parts, os.fspath(here.parent)
+    of_seeds = not has_config(workdir) and parts[-1].startswith("seed") and has_config(parent)
+    notes, config = [], {}
+    if of_seeds or has_config(workdir):
+        config = read_fields(parent if of_seeds else workdir)
+        config |= dict(seed=int(parts[-1].removeprefix("seed"))) if of_seeds else {}
+    elif not (here / "metrics.jsonl").exists():
+        missing = "is a folder without a run" if here.exists() else "does not exist"
+        raise UserError(f"workdir={workdir} {missing}; give the workdir of a run made by launch.train or launch.seeds.")
+    else:
+        notes.append("config.json is missing: nothing is known of the experiment.")
+
+    def lines(name):
+        path = here / name
+        if not path.exists():
+            return []
+        text = path.read_text().rstrip()
+        found = metrics.read(path)
+        if len(found) < sum(bool(line.strip()) for line in text.split("\n")):
+            notes.append(f"The last line of {name} is cut short and left out.")
+        return found
+
+    history = lines("metrics.jsonl")
+    done, steps = max([line["step"] for line in history], default=0), config.get("steps")
+    if not done:
+        notes.append("No step is finished yet: metrics.jsonl has no line of one.")
+    elif steps is not None and done < steps:
+        notes.append(f"{done} of {steps} steps are done: the run goes on, or was stopped and the same command continues it.")
+    name = "/".join(parts[-2:]) if of_seeds else os.path.basename(os.path.abspath(workdir))
+    return Run(name, config, history, lines("warm_start.jsonl"), lines("trees.jsonl"), lines("starts.jsonl"), notes)
+
+
+def kinds(runs: list[Run]) -> dict[str, list[Run]]:
+    """Runs by what they are: those that differ in nothing but the seed are one kind, named by what their names share."""
+    found = []
+    for run in runs:
+        own = telling(run.config)
+        same = next((kind for other, kind in found if own and other == own), None)
+        if same is None:
+            found.append((own, [run]))
+        else:
+            same.append(run)
+    names = [_shared_name([run.name for run in kind]) for _, kind in found]
+    twice = lambda i: names[i] if names.count(names[i]) == 1 else f"{names[i]} ({names[: i + 1].count(names[i])})"
+    return {twice(i): kind for i, (_, kind) in enumerate(found)}
+
+
+def _shared_name(names: list[str]) -> str:
+    shared = os.path.commonprefix(names).removesuffix("seed").rstrip("-_./= ") if len(names) > 1 else names[0]
+    return shared or ", ".join(names)
+
+
+def write_report(path, runs: list[Run], title: str | None = None) -> None:
+    """Writes one page that needs nothing beside it and no network: of a run, or of several, beside each other.
+
+    Runs of one kind, see `kinds`, are drawn as their mean and its 95% interval (Student's t). Sections and panels with nothing
+    to show are left out; every metric is in one panel, see GROUPS. Of a single run trees are shown.
 
     Args:
         path: file to write; its folder is created if missing. A reader never sees half a page.
-        title: heading, any text.
-        config_text: the experiment's fields, shown folded.
-        history: lines of metrics.jsonl, each with "step"; None marks a number that was not finite.
-        warmup: lines of the supervised warm-up: step, loss, pass@1.
-        before: name -> number measured before training.
-        after: the same after training.
-        trees: (caption, page of `draw.explore_tree`, text) of some trees.
+        title: heading, any text; None is the runs' name.
     """
+    groups, alone = kinds(runs), len(runs) == 1
+    notes = [note if alone else f"{run.name}: {note}" for run in runs for note in run.notes]
+    tasks = sorted({str(run.config["task.name"]) for run in runs if "task.name" in run.config})
+    if len(tasks) > 1:
+        notes.insert(0, f"These runs learn different tasks ({', '.join(tasks)}): their rewards and scores do not compare.")
     sections = [
-        ("Before and after", _table(before, after)),
-        ("Training", _curves(history)),
-        ("Warm-up", _curves(warmup)),
-        ("Trees", "\n".join(_tree(*tree) for tree in trees)),
-        (
-            "Configuration",
-            f"<details><summary>every field</summary>\n<pre>{html.escape(config_text)}</pre>"
-            "</details>"
-            if config_text
-            else "",
-        ),
+        ("", "".join(f"<p class=note>{html.escape(note)}</p>\n" for note in notes)),
+        ("Before and after", _table(groups)),
+        ("Runs", _facts(runs)),
+        ("What differs", "" if alone else _differences(groups)),
+        ("Training", _curves({name: [run.history for run in kind] for name, kind in groups.items()}, by_tokens=not alone)),
+        ("Warm-up", _curves({name: [run.warmup for run in kind] for name, kind in groups.items()})),
+        ("Trees", "\n".join(_tree(**tree) for tree in _by_example(runs[0].trees)) if alone else ""),
+        ("Configuration", "".join(_config(name, kind[0].config) for name, kind in groups.items())),
     ]
-    body = "\n".join(f"<h2>{heading}</h2>\n{text}" for heading, text in sections if text)
+    body = "\n".join((f"<h2>{heading}</h2>\n" if heading else "") + text for heading, text in sections if text)
+    title = _shared_name([run.name for run in runs]) if title is None else title
     write_text(path, _PAGE.format(title=html.escape(title), body=body))
 
 
-def _tree(caption: str, page: Page, text: str) -> str:
+def _config(name: str, fields: dict) -> str:
+    text = "\n".join(f"{field} = {value!r}" for field, value in fields.items())
+    summary = f"every field of {html.escape(name)}"
+    return f"<details><summary>{summary}</summary>\n<pre>{html.escape(text)}</pre></details>\n" if fields else ""
+
+
+def _by_example(trees: list[dict]) -> list[dict]:
+    """Trees of one example after each other, earlier ones first."""
+    places = list(dict.fromkeys(tree["index"] for tree in trees))
+    return sorted(trees, key=lambda tree: (places.index(tree["index"]), tree["step"]))
+
+
+def _tree(step: int, caption: str, page: str, text: str, **_) -> str:
+    when = "before training" if step == 0 else f"after step {step}"
     fold = f"<details><summary>as text</summary>\n<pre>{html.escape(text)}</pre></details>"
-    return f"<p>{html.escape(caption)}</p>\n{page._repr_html_()}\n{fold}"
+    return f"<p>{html.escape(f'{caption} ({when})')}</p>\n{Page(page).frame()}\n{fold}"
 
 
-def _table(before: dict, after: dict) -> str:
+def _rows(head: list[str], rows: list[list[str]]) -> str:
+    cell = lambda kind, text: f"<{kind}>{html.escape(text)}</{kind}>"
+    lines = ["".join(cell("th", text) for text in head), *("".join(cell("td", text) for text in row) for row in rows)]
+    return "<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>\n" if rows else ""
+
+
+def _table(groups: dict[str, list[Run]]) -> str:
+    """Scores on held-out examples before and after, of each kind with its interval."""
+    found = {(name, last): [run.scores(last) for run in kind] for name, kind in groups.items() for last in (False, True)}
+    metric_names = dict.fromkeys(metric for scores in found.values() for own in scores for metric in own)
+    head = [f"{name} {('before', 'after')[last]}" if len(groups) > 1 else ("before", "after")[last] for name, last in found]
+    return _rows(["", *head], [[metric, *(_mean([own.get(metric) for own in scores]) for scores in found.values())] for metric in metric_names])
+
+
+def _mean(values: list) -> str:
+    """A number, or the mean of several and the half width of its interval."""
+    values = [x for x in values if x is not None]
+    if len(values) < 2:
+        return _number(values[0] if values else None)
+    mean, half = interval(np.array(values, float))
+    return f"{mean:.4g} ± {half:.2g} ({len(values)})"
+
+
+def _facts(runs: list[Run]) -> str:
+    """How far each run is, what it took, and on what."""
     rows = []
-    for name in dict.fromkeys([*before, *after]):
-        cells = [name, *(_number(numbers.get(name)) for numbers in (before, after))]
-        rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
-    if not rows:
-        return ""
-    head = "<th></th><th>before</th><th>after</th>"
-    return "<table>\n" + "\n".join(f"<tr>{row}</tr>" for row in [head, *rows]) + "\n</table>"
+    for run in runs:
+        steps = [line for line in run.history if line["step"] > 0]
+        rate = [line["sampled_tokens"] / line["seconds"] for line in steps if line.get("sampled_tokens") and line.get("seconds")]
+        last = run.starts[-1] if run.starts else {}
+        versions = ", ".join(f"{name} {last[name]}" for name in ("treerl", "jax", "python") if name in last)
+        more = "" if len({tuple(start.get(k) for k in ("treerl", "jax", "devices")) for start in run.starts}) < 2 else ", others before"
+        rows.append([
+            run.name, f"{max([line['step'] for line in steps], default=0)} of {run.config.get('steps', '?')}",
+            f"{sum(line.get('sampled_tokens') or 0 for line in steps):,}", _number(sum(line.get("seconds") or 0 for line in steps)),
+            _number(np.median([line["seconds"] for line in steps if line.get("seconds")] or [np.nan])),
+            _number(np.median(rate or [np.nan])), str(last.get("devices", "—")), (versions or "—") + more,
+        ])  # fmt: skip
+    return _rows(["", "steps", "tokens sampled", "seconds", "seconds a step (median)", "tokens a second (median)", "devices", "versions"], rows)
+
+
+def _differences(groups: dict[str, list[Run]]) -> str:
+    """Fields in which kinds differ, or the runs of one: a row each."""
+    every = dict.fromkeys(field for kind in groups.values() for run in kind for field in run.config)
+    told = lambda kind, field: ", ".join(dict.fromkeys(repr(run.config.get(field)) for run in kind))
+    rows = [[field, *(told(kind, field) for kind in groups.values())] for field in every]
+    return _rows(["", *groups], [row for row in rows if len(set(row[1:])) > 1 or ", " in row[1] and row[0] == "seed"])
 
 
 def _number(value) -> str:
     if value is None:
         return "—"
-    return value if isinstance(value, str) else f"{float(value):.4g}"
+    if isinstance(value, str):
+        return value
+    return f"{float(value):,.0f}" if abs(value) >= 1e4 else f"{float(value):.4g}"
 
 
-def _curves(lines: list[dict]) -> str:
-    """One SVG with a panel for every group that the lines have numbers of; '' without any."""
+def _curves(histories: dict[str, list[list[dict]]], by_tokens: bool = False) -> str:
+    """One SVG of the metrics that the lines have numbers of, '' without any: a panel for every group, or of several kinds for each.
+
+    Args:
+      histories: kind -> lines of each of its runs. by_tokens: scores over the tokens sampled up to then, too.
+    """
     groups = {title: {} for title in [*(title for title, _ in GROUPS), "other"]}
-    for name, points in _series(lines).items():
-        groups[_group(name)][name] = points
-    panels = [(title, series) for title, series in groups.items() if series]
+    for kind, runs in histories.items():
+        for name in dict.fromkeys(name for lines in runs for name in _series(lines)):
+            groups[_group(name)].setdefault(name, {})[kind] = [own for lines in runs if len(own := _points(lines, name))]
+    panels = [(title, series, 0) for title, series in groups.items() if series]
+    if len(histories) > 1:
+        panels = [(name, {name: own}, 0) for _, series, _ in panels for name, own in series.items()]
+    panels += [(f"{title} by tokens", series, 1) for title, series, _ in panels if by_tokens and any("@" in name for name in series)]
     if not panels:
         return ""
     rows = -(-len(panels) // 2)
@@ -144,11 +281,13 @@ def _curves(lines: list[dict]) -> str:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(11, 2.8 * rows), layout="constrained")
         axes = figure.subplots(rows, 2, squeeze=False).flatten()
-        for axis, (title, series) in zip(axes, panels, strict=False):
-            for name, (steps, values) in series.items():
-                axis.plot(steps, values, label=name, marker="." if len(steps) < 30 else None)
+        for axis, (title, series, along) in zip(axes, panels, strict=False):
+            for name, of_kind in series.items():
+                for kind, curves in of_kind.items():
+                    alone = len(histories) == 1
+                    _draw(axis, curves, along, label=name if alone else kind, **{} if alone else dict(color=f"C{list(histories).index(kind) % 10}"))
             axis.set_title(title)
-            axis.set_xlabel("step")
+            axis.set_xlabel(("step", "tokens sampled")[along])
             axis.grid(alpha=0.3)
             axis.legend(fontsize="small")
         for axis in axes[len(panels) :]:
@@ -159,17 +298,31 @@ def _curves(lines: list[dict]) -> str:
     return svg[svg.index("<svg") :]
 
 
+def _draw(axis, curves: list[np.ndarray], along: int, **look) -> None:
+    """A curve, or the mean of several with its interval as far as all reach; each alone where they do not overlap."""
+    meet = len(curves) > 1 and max(c[0, along] for c in curves) <= min(c[-1, along] for c in curves)
+    for i, own in enumerate([mean_curve(curves, along)] if meet else [c[:, [along, 2]] for c in curves]):
+        line = axis.plot(own[:, 0], own[:, 1], marker="." if len(own) < 30 else None, **(look if i == 0 else look | dict(label="_")))
+        if meet:  # the interval of two or three runs is wide: the runs themselves set the panel's height
+            for each in curves:
+                axis.update_datalim(each[:, [along, 2]])
+            limits = axis.dataLim.frozen()
+            axis.fill_between(own[:, 0], own[:, 1] - own[:, 2], own[:, 1] + own[:, 2], alpha=0.2, color=line[0].get_color())
+            axis.dataLim.set(limits)
+            axis.autoscale_view()
+
+
 def _series(lines: list[dict]) -> dict:
-    """name -> (steps, values) of the finite numbers."""
-    series = {}
-    for line in lines:
-        for name, value in line.items():
-            if name == "step" or not isinstance(value, (int, float)) or not np.isfinite(value):
-                continue
-            steps, values = series.setdefault(name, ([], []))
-            steps.append(line["step"])
-            values.append(value)
-    return series
+    """The metrics that have a finite number in some line, in the order of the lines."""
+    finite = lambda value: isinstance(value, (int, float)) and np.isfinite(value)
+    return dict.fromkeys(name for line in lines for name, value in line.items() if name != "step" and finite(value))
+
+
+def _points(lines: list[dict], name: str) -> np.ndarray:
+    """See `curve`, of the finite numbers."""
+    finite = lambda value: value if isinstance(value, (int, float)) and np.isfinite(value) else None
+    lines = [line | {name: finite(line.get(name))} for line in lines]
+    return curve(lines, name) if any(line[name] is not None for line in lines) else np.zeros((0, 3))
 
 
 def _group(name: str) -> str:
@@ -177,12 +330,17 @@ def _group(name: str) -> str:
     return next((title for title, patterns in GROUPS if any(fnmatch(name, p) for p in patterns)), "other")
 
 
-# --- several runs ---------------------------------------------------------------------------------
+def _held_out(name: str) -> bool:
+    """Whether held-out examples measure it."""
+    return "@" in name or name.startswith(("heldout/", "novel/"))
+
+
+# --- curves of several runs ---------------------------------------------------------------------------------
 
 
 def curve(history: list[dict], metric: str) -> np.ndarray:
     """(step, tokens sampled up to then, value) of the steps at which a metric was measured: float64 [n, 3]."""
-    tokens = np.cumsum([line.get("sampled_tokens", 0) for line in history])  # a line of step 0 has scores alone
+    tokens = np.cumsum([line.get("sampled_tokens") or 0 for line in history])  # a line of step 0 has scores alone
     rows = [(line["step"], t, line[metric]) for line, t in zip(history, tokens) if line.get(metric) is not None]
     if not rows:
         known = sorted({name for line in history for name in line if "@" in name})

@@ -1,8 +1,10 @@
 """The host loop: training, evaluation, checkpoints, files, and the report at the end."""
 import contextlib
 import functools
+import importlib.metadata
 import json
 import os
+import platform
 import sys
 import time
 
@@ -11,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from treerl import draw, events, masked, metrics, processes, profiling, report, warm_start
+from treerl import events, masked, metrics, processes, profiling, report, warm_start
 from treerl import prompts as P
 from treerl.checkpoint import Checkpoints
 from treerl.config import fields
@@ -43,8 +45,9 @@ def compile_step(experiment: Experiment, tell: bool) -> None:
 def train(config: ConfigDict, workdir: str, progress: bool = True, profile: tuple[int, int] | None = None) -> dict:
     """Runs an experiment to its end, from its last checkpoint if there is one.
 
-    Writes config.json, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ and report.html into workdir.
-    Lines of metrics.jsonl after the restored checkpoint are dropped and written again, with the
+    Writes config.json, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ and report.html into workdir, and what the report
+    is made of besides: warm_start.jsonl, trees.jsonl, and a line of starts.jsonl for every process that began or went on.
+    Line 0 of metrics.jsonl are the scores before. Lines after the restored checkpoint are dropped and written again, with the
     same numbers apart from times and games_KIND: how often games on this host failed since the line before, a failure that
     came again counted once. With `profile`, (first, last), traces those steps into profile/.
     Called again after its end, it writes the report again. Of several processes each calls this, with a workdir that
@@ -96,6 +99,7 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, signals: S
             run.resume()
             if run.done < config.steps:
                 run.stop_if_asked()
+                run.show_trees(first=True)
                 text = f"stopped before step {run.done + 1} of {config.steps}, nothing is lost; the same command goes on from there."
                 with signals.nothing_to_lose(text):
                     if not new:
@@ -105,12 +109,14 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, signals: S
             while run.done < config.steps:
                 run.stop_if_asked()
                 run.finish(run.step(trace))
+            run.show_trees()
         after = run.extra.get("after", run.extra["before"])
         top = f"pass@{config.evaluation.samples}"
         summary = dict(steps=config.steps, train_seconds=round(run.extra["seconds"], 1))
         for name in ("pass@1", top):
             summary |= {f"{name}_before": run.extra["before"][name], f"{name}_after": after[name]}
-        write_report(experiment, run.state, workdir, run.extra["warm_start"], run.extra["before"], after)
+        if processes.is_first():
+            report.write_report(os.path.join(workdir, "report.html"), [report.read_run(workdir)])
     return summary
 
 
@@ -129,8 +135,12 @@ def begin_run(experiment: Experiment, workdir: str, progress: bool, signals: Sig
     """The warm start: (state, what a checkpoint keeps beside it). Interrupted and Diverged as in `train`."""
     state, curve = warm_start.warm_start(experiment, workdir, progress, signals)
     if processes.is_first():
-        with events.EventFile(os.path.join(workdir, "tensorboard", "warm_start"), -1) as event_file:
+        with (
+            events.EventFile(os.path.join(workdir, "tensorboard", "warm_start"), -1) as event_file,
+            metrics.LinesFile(os.path.join(workdir, "warm_start.jsonl"), -1) as lines,
+        ):
             for line in curve:
+                lines.append(line)
                 event_file.write(line["step"], {f"warm_start/{k}": v for k, v in line.items() if k != "step"})
     return state, dict(warm_start=curve, before=warm_start.best_of(curve) or experiment.evaluate(state))
 
@@ -155,13 +165,19 @@ class Run:
                 told = self.done - ("unfinished" in self.extra)  # that step's line may be there, without its scores
                 self._metrics = stack.enter_context(metrics.MetricsFile(where("metrics.jsonl"), told))
                 self._samples = stack.enter_context(metrics.LinesFile(where("samples.jsonl"), self.done))
+                self._trees = stack.enter_context(metrics.LinesFile(where("trees.jsonl"), min(self.done, self.experiment.config.steps - 1)))
                 self._events = stack.enter_context(events.EventFile(where("tensorboard"), told))
+                with metrics.LinesFile(where("starts.jsonl"), self.done) as starts:
+                    starts.append(dict(step=self.done, **versions()))
+                if self.done == 0 and self._metrics.empty:
+                    self._metrics.write(0, self.extra["before"])
+                    self._events.write(0, events.grouped(self.extra["before"]))
             yield
 
     def save(self, metric: float | None = None, **more) -> None:
         """Saves the state between two steps; `more` is kept beside it this once."""
         self.extra["seconds"] = time.monotonic() - self.begin
-        for file in (self._metrics, self._samples, self._events) if processes.is_first() else ():
+        for file in (self._metrics, self._samples, self._trees, self._events) if processes.is_first() else ():
             file.upload()
         self.checkpoints.save(self.done, self.state, extra=self.extra | more, metric=metric)
 
@@ -231,51 +247,53 @@ class Run:
         if due and (last or not int(self.state.skipped)):  # the last good one stays while updates are skipped
             self.save(scores and scores["pass@1"])
 
+    def show_trees(self, first: bool = False) -> None:
+        """Trees of the same held-out examples before the first step and after the last, for the report; all processes grow them."""
+        if first and (self.done or "shown" in self.extra):
+            return
+        picks, trees = example_trees(self.experiment, self.state, self.extra.get("shown"))
+        self.extra["shown"] = picks
+        for line in trees if processes.is_first() else ():
+            self._trees.append(dict(step=self.done, **line))
+
     def resume(self) -> None:
         """Does what a signal had left undone of the last step."""
         if values := self.extra.pop("unfinished", None):
             self.finish(values)
 
 
-def write_report(experiment: Experiment, state, workdir: str, curve, before: dict, after: dict) -> None:
-    """Writes report.html from metrics.jsonl and trees of the final policy; all processes grow them."""
-    trees = example_trees(experiment, state)
-    if not processes.is_first():
-        return
-    report.write_report(
-        os.path.join(workdir, "report.html"),
-        title=os.path.basename(os.path.abspath(workdir)),
-        config_text=experiment.config.to_json_best_effort(indent=2),
-        history=metrics.read(os.path.join(workdir, "metrics.jsonl")),
-        warmup=curve,
-        before=before,
-        after=after,
-        trees=trees,
-    )
+def versions() -> dict:
+    """What this process runs on."""
+    found = {"python": platform.python_version()}
+    for name in ("treerl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a folder that is not installed
+            found[name] = importlib.metadata.version(name)
+    kind = jax.devices()[0].device_kind
+    return found | dict(devices=f"{jax.device_count()} x {kind}", processes=jax.process_count())
 
 
-def example_trees(experiment: Experiment, state, count: int = 16, shown: int = 4) -> list[tuple[str, draw.Page, str]]:
-    """(caption, page, text) of some held-out trees: contrast, forks, pruned lines, no contrast."""
+def example_trees(experiment: Experiment, state, picks: list[int] | None = None, count: int = 16, shown: int = 4) -> tuple[list[int], list[dict]]:
+    """Trees of some of the first `count` held-out examples: (which, [dict(index, caption, page, text)]).
+
+    Args:
+      picks: which; None: one each with contrast, forks, pruned lines, and without contrast.
+    """
     heldout = experiment.task.heldout
     examples = [heldout[i] for i in range(min(count, len(heldout)))]
-    grown = experiment.grow(state, examples, step=int(state.step))
+    grown = experiment.grow(state, examples, step=int(state.step), candidates=True)
     valid = grown.tree.leaf[..., 0] >= 0
     right = np.sum(valid & (grown.reward > experiment.task.right), axis=1)
-    mean = masked.mean(grown.reward, valid, axis=1)
-    contrast = masked.total((grown.reward - mean[:, None]) ** 2, valid, axis=1)
-    busy = (grown.forks + grown.pruned) / (1 + np.max(grown.forks + grown.pruned))  # decides among equals
-    picks = []
-    earns = 1e6 * (contrast > 0)
-    for score in (contrast, grown.forks + earns, grown.pruned + earns, -contrast)[:shown]:
-        ranked = np.argsort(-(score + busy), kind="stable")
-        picks += [i for i in ranked.tolist() if i not in picks][:1]
-    result = []
+    if picks is None:
+        mean = masked.mean(grown.reward, valid, axis=1)
+        contrast = masked.total((grown.reward - mean[:, None]) ** 2, valid, axis=1)
+        busy = (grown.forks + grown.pruned) / (1 + np.max(grown.forks + grown.pruned))  # decides among equals
+        earns, picks = 1e6 * (contrast > 0), []
+        for score in (contrast, grown.forks + earns, grown.pruned + earns, -contrast)[:shown]:
+            ranked = np.argsort(-(score + busy), kind="stable")
+            picks += [i for i in ranked.tolist() if i not in picks][:1]
+    trees = []
     for i in picks:
-        tree, text = jax.tree.map(lambda x: x[i], grown.tree), experiment.read_text(grown, i)
-        page = draw.explore_tree(
-            tree, experiment.task.tokenizer.decode, reward=grown.reward[i], advantage=grown.advantage[i],
-            right=experiment.task.right, prompt=text,
-        )  # fmt: skip
         caption = f"{right[i]} of {valid[i].sum()} leaves right; forks: {grown.forks[i]}; pruned: {grown.pruned[i]}."
-        result.append((caption, page, text + "\n" + experiment.tree_text(grown, i)))
-    return result
+        text = experiment.read_text(grown, i) + "\n" + experiment.tree_text(grown, i)
+        trees.append(dict(index=i, caption=caption, page=str(experiment.explore(grown, i)), text=text))
+    return picks, trees

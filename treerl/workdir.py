@@ -20,18 +20,29 @@ def claim(workdir: str, config: ConfigDict) -> None:
     """
     if not has_config(workdir):
         return
-    old, new = (dict(fields(read)) for read in (read_config(workdir), json.loads(config.to_json_best_effort())))
-    for found in (old, new):
-        options = found.get("environment.options") or {}
-        found["environment.options"] = {k: v for k, v in options.items() if k not in ("workers", "live", "seconds", "folder")}
-    free = ("mesh.", "data_dir", "learner.max_skipped", "samples_every", "checkpoint_", "text.workers", "text.grading")
-    free += ("steps",) if config.optimizer.schedule == "constant" else ()
+    old, new = (_decisive(found) for found in (read_fields(workdir), dict(fields(json.loads(config.to_json_best_effort())))))
+    free = ("steps",) if config.optimizer.schedule == "constant" else ()
     for name in sorted(old | new):
         if not name.startswith(free) and old.get(name) != new.get(name):
             raise UserError(
                 f"workdir={workdir} belongs to a run with {name}={old.get(name)!r}, not {new.get(name)!r}; "
                 "give another --workdir, or the same config."
             )
+
+
+_FREE = ("mesh.", "data_dir", "learner.max_skipped", "samples_every", "checkpoint_", "text.workers", "text.grading")
+
+
+def _decisive(found: dict) -> dict:
+    """Of a config's fields those that decide what a run does."""
+    options = found.get("environment.options") or {}
+    options = {k: v for k, v in options.items() if k not in ("workers", "live", "seconds", "folder")}
+    return {k: v for k, v in found.items() if not k.startswith(_FREE)} | {"environment.options": options}
+
+
+def telling(found: dict) -> dict:
+    """Of a config's fields those by which runs are of one kind, whatever their seeds; {} of none."""
+    return {k: v for k, v in _decisive(found).items() if k != "seed"} if found else {}
 
 
 def has_config(workdir: str) -> bool:
@@ -50,6 +61,11 @@ def read_config(workdir: str) -> dict:
         ) from error
     except ValueError as error:
         raise UserError(f"{path} is damaged; give another --workdir, or put the run's own config there.") from error
+
+
+def read_fields(workdir: str) -> dict:
+    """The fields of a workdir's config.json by their dotted names."""
+    return dict(fields(read_config(workdir)))
 
 
 def write_config(workdir: str, config: ConfigDict) -> None:

@@ -13,8 +13,11 @@ from treerl.tree import FORCED
 class Page(str):
     """The text of an HTML page that needs nothing beside it; at the end of a notebook's cell it shows itself."""
 
-    def _repr_html_(self) -> str:
-        return f'<iframe srcdoc="{html.escape(self)}" style="width:100%;height:36rem;border:1px solid #8884"></iframe>'
+    def frame(self) -> str:
+        """The page as a part of another."""
+        return f'<iframe srcdoc="{html.escape(self)}" style="width:100%;height:28rem;border:1px solid #8884"></iframe>'
+
+    _repr_html_ = frame
 
     def save(self, path) -> None:
         """Writes the page to a file."""

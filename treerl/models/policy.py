@@ -158,18 +158,36 @@ def token_logps(module, hidden, target, temperature, *, chunk: int):
       float32 [..., T].
     """
 
-    *shards, count = target.shape
-    table = module.table(*shards)
 
-    @jax.checkpoint
-    def one(args):
-        hidden, target = args
-        logits = module.logits(hidden, table) / temperature
+    def one(logits, target):
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         return picked - jax.nn.logsumexp(logits, axis=-1)
 
+    return _of_logits(one, module, hidden, target, temperature, chunk)
+
+
+def likeliest_tokens(module, hidden, temperature, *, count: int, chunk: int):
+    """The `count` likeliest tokens after each hidden state, as `token_logps` sees them: (int32, float32 probability) [..., T, count]."""
+
+    def one(logits, _):
+        top, token = jax.lax.top_k(logits, count)
+        return token, jnp.exp(top - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+
+    return _of_logits(one, module, hidden, jnp.zeros(hidden.shape[:-1], jnp.int32), temperature, chunk)
+
+
+def _of_logits(function, module, hidden, target, temperature, chunk: int):
+    """function(logits [..., chunk, V], target [..., chunk]) -> arrays [..., chunk, ...], over all chunks: [..., T, ...]."""
+    *shards, count = target.shape
+    table = module.table(*shards)
+    one = jax.checkpoint(lambda args: function(module.logits(args[0], table) / temperature, args[1]))
     chunk, front = min(chunk, count), len(shards)
     cut = lambda x: jnp.moveaxis(x.reshape(*shards, -1, chunk, *x.shape[front + 1 :]), front, 0)
     pad = lambda x: jnp.pad(x, [(0, -count % chunk if axis == front else 0) for axis in range(x.ndim)])
     found = jax.lax.map(one, (cut(pad(hidden)), cut(pad(target))))
-    return jnp.moveaxis(found, 0, front).reshape(*shards, -1)[..., :count]
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, front)
+        return jax.lax.slice_in_dim(x.reshape(*shards, -1, *x.shape[front + 2 :]), 0, count, axis=front)
+
+    return jax.tree.map(join, found)
