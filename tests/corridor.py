@@ -39,6 +39,6 @@ def make(places=4, horizon=6, shaky=False) -> Environment:
     return Environment(
         tokenizer=TOKENIZER, observation=O, action=A, horizon=horizon, tasks=tasks,
         goal=lambda task: jnp.array([WIN, TURN], jnp.int32), reset=begin, step=go,
-        state_id=lambda s: jnp.stack([s["place"], s["task"]["number"]]).astype(jnp.uint32), invalid=lambda s: s["invalid"],
+        state_id=lambda s: jnp.stack([s["place"], s["task"]["number"]]).astype(jnp.uint32),
         player=lambda key, s: jnp.stack([jnp.where(jax.random.bernoulli(key, 0.6), RIGHT, LEFT), 1, 0]).astype(jnp.int32),
     )  # fmt: skip

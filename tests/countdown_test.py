@@ -342,7 +342,7 @@ def test_orders_repeat_training_puzzles_and_never_heldout_ones(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(name="chess"), "task.name='chess' is unknown; known are countdown, addition, reasoning_gym, jsonl, tfds, household, shop, textworld."),
+    (dict(name="chess"), f"task.name='chess' is unknown; known are {', '.join(tasks.NAMES)}."),
     (dict(numbers_min=0), "task.numbers_min=0 cannot work; set it to 2 or more."),
     (dict(numbers_min=1), "task.numbers_min=1 cannot work; set it to 2 or more."),
     (dict(numbers_max=2), "task.numbers_max=2 cannot work; set it to 3 or more."),

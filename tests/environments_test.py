@@ -175,7 +175,7 @@ def test_novel_goals_of_the_household_are_asked_for_nowhere_else():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (dict(name="garden"), "task.name='garden' is unknown; known are household, shop, textworld."),
+        (dict(name="garden"), f"task.name='garden' is unknown; known are {', '.join(sorted(environments.NAMES))}."),
         (dict(name="household", horizon=-1), "environment.horizon=-1"),
         (dict(name="household", train_size=0), "task.train_size=0"),
         (dict(name="household", train_size=40_000), "lower them"),

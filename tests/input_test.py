@@ -13,11 +13,13 @@ import jax
 import pytest
 
 from treerl import config as C
-from treerl import metrics, profiling, sharding, train
+from treerl import branching, metrics, profiling, pruning, sharding, tasks, train
+from treerl.advantages import ESTIMATORS, leaf_estimators
 from treerl.checkpoint import Checkpoints
 from treerl.config import default
 from treerl.errors import UserError, writing
 from treerl.experiment import Experiment, load
+from treerl.survival import RULES
 
 # of what Orbax leaves half done
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -170,7 +172,7 @@ def test_every_field_was_thought_of():
     anything = {"branching.greedy", "pruning.refork", "learner.reference", "model.qk_norm", "model.qkv_bias", "model.tied"}
     anything |= {"text.chat", "text.chat_options", "text.system"}
     elsewhere = {  # see `test_runs_that_can_never_start`, countdown_test and text_test
-        "advantage.name", "advantage.options", "advantage.multipliers", "branching.rule", "learner.aggregation",
+        "advantage.name", "advantage.options", "advantage.multipliers", "branching.rule", "branching.options", "learner.aggregation",
         "learner.forced", "learner.importance", "learner.kl_estimate", "learner.objective", "learner.proximal",
         "optimizer.ess", "optimizer.schedule", "pruning.backward", "pruning.backward_options", "pruning.rule",
         "pruning.options", "pruning.weights", "model.preset", "mesh.data", "mesh.fsdp", "mesh.tensor",
@@ -205,11 +207,10 @@ def survival(rule="balance", **changes):
 
 @pytest.mark.parametrize("changes, shards, message", [
     (dict(sampler__slots=0), 1, "sampler.slots=0 cannot work; set it to 1 or more."),
-    (dict(task__name="chess"), 1, "task.name='chess' is unknown; known are countdown, addition, reasoning_gym, jsonl, tfds, household, shop, textworld."),
+    (dict(task__name="chess"), 1, f"task.name='chess' is unknown; known are {', '.join(tasks.NAMES)}."),
     (dict(task__numbers_min=0), 1, "task.numbers_min=0 cannot work; set it to 2 or more."),
     (dict(advantage__name="ppo"), 1,
-     "advantage.name='ppo' is unknown; known are branch_depthwise, dr_grpo, eptree, gigpo, grpo, hgpo, mc_grpo, "
-     "minimum_variance, opo, reinforce_pp, rloo, spo_tree, tree_grpo, treepo."),
+     f"advantage.name='ppo' is unknown; known are {', '.join(sorted(ESTIMATORS))}."),
     (dict(advantage__options=C.ConfigDict(dict(clp=3.0))), 1,
      "advantage.options has no 'clp' for advantage.name=branch_depthwise; known are beta, clip, ddof, eps, fusion, "
      "per_token, pool, segment, std, virtual."),
@@ -229,14 +230,13 @@ def survival(rule="balance", **changes):
      "advantage.multipliers.ear has no 'low' for ear; known are floor."),
     (dict(advantage__multipliers=C.ConfigDict(dict(novelty={}))), 1,
      "advantage.name=branch_depthwise: novelty reads the credit of leaves, and this estimator gives credit to "
-     "cells; use one of dr_grpo, grpo, mc_grpo, minimum_variance, opo, reinforce_pp, rloo, tree_grpo, treepo."),
+     f"cells; use one of {', '.join(leaf_estimators())}."),
     (dict(advantage__multipliers=C.ConfigDict(dict(ace={}))), 1,
      "advantage.multipliers: ace compares the policy with a reference policy and none is kept; set "
      "learner.reference=True, or learner.kl above 0."),
     (dict(learner__objective="gspo"), 1,
      "learner.objective=gspo has one ratio a rollout and needs the credit of leaves, and advantage.name=branch_depthwise "
-     "gives credit to cells; use one of dr_grpo, grpo, mc_grpo, minimum_variance, opo, reinforce_pp, rloo, tree_grpo, "
-     "treepo, or learner.objective=ppo or cispo."),
+     f"gives credit to cells; use one of {', '.join(leaf_estimators())}, or learner.objective=ppo or cispo."),
     (dict(learner__objective="gspo", learner__forced="mask", advantage__name="grpo"), 1,
      "learner.objective=gspo has one ratio a rollout, without weights of tokens; set learner.forced=policy and "
      "learner.importance=none, or learner.objective=ppo or cispo."),
@@ -279,9 +279,13 @@ def survival(rule="balance", **changes):
     (dict(optimizer__ess="cubic"), 1, "optimizer.ess='cubic' is unknown; known are linear, none, sqrt."),
     (dict(advantage__options=C.ConfigDict(dict(clip="x"))), 1,
      "advantage.options.clip='x' is no float; set one such as 5.0."),
-    (dict(branching__rule="magic"), 1, "branching.rule='magic' is unknown; known are lookahead, stochastic."),
-    (dict(pruning__rule="magic"), 1, "pruning.rule='magic' is unknown; known are arrol, arrol_group, balance, none, random, "
-     "similarity."),
+    (dict(branching__rule="magic"), 1, f"branching.rule='magic' is unknown; known are {', '.join(sorted(branching.RULES))}."),
+    (dict(pruning__rule="magic"), 1,
+     f"pruning.rule='magic' is unknown; known are {', '.join(sorted(pruning.RULES | RULES))}."),
+    (dict(branching__options=C.ConfigDict(dict(chance=0.1))), 1,
+     "branching.options has no 'chance' for branching.rule=lookahead; known are none."),
+    (dict(pruning__options=C.ConfigDict(dict(lam=1.0))), 1,
+     "pruning.options has no 'lam' for pruning.rule=similarity; known are none."),
     (survival(detection=6), 1,
      "pruning.detection=6 puts the review after 16 iterations (branching.fill_after=6, whole segments of sampler.segment=4), "
      "when answers of sampler.answer_length=16 have ended; lower one of the first three."),
@@ -325,10 +329,10 @@ def survival(rule="balance", **changes):
      "pruning.weights=inverse needs an estimator that weighs leaves, and advantage.name=branch_depthwise does not; use "
      "one of dr_grpo, grpo, rloo, or pruning.weights=none."),
     (dict(pruning__columns=4), 1,
-     "pruning.options, columns, refork and weights are read by survival rules, not by pruning.rule=similarity; set it to one "
+     "pruning.columns, refork and weights are read by survival rules, not by pruning.rule=similarity; set it to one "
      "of arrol, arrol_group, balance, random, or leave them at their defaults."),
     (dict(pruning__refork=True), 1,
-     "pruning.options, columns, refork and weights are read by survival rules, not by pruning.rule=similarity; set it to one of "
+     "pruning.columns, refork and weights are read by survival rules, not by pruning.rule=similarity; set it to one of "
      "arrol, arrol_group, balance, random, or leave them at their defaults."),
     (survival(rho=1.5), 1, "pruning.rho=1.5 cannot work; set it to a number from 0 to 1."),
     (survival(kappa=0.0), 1, "pruning.kappa=0.0 cannot work; set it to a number above 0, at most 1."),

@@ -93,7 +93,7 @@ def test_descendants_go_with_the_child_even_finished_ones():
     )  # fmt: skip
     rule = pruning.similarity(windows=(2,), tau_ed=1.1)  # prunes every child that is due
     token = jnp.zeros((1, 4, 5), jnp.int32)
-    reason, _ = jax.jit(rule.step)(rule.start(1, 5), lines, token)
+    reason, _ = jax.jit(rule.step)(rule.start(1, 5), lines, dict(token=token))
     np.testing.assert_array_equal(reason, [[0, T.SIMILAR, T.SIMILAR, T.SIMILAR, 0]])
 
 
@@ -124,7 +124,7 @@ def two_lines(**changes):
 def test_a_child_is_kept_if_either_line_ended_inside_the_window(changes, pruned):
     rule = pruning.similarity(windows=(2,), tau_ed=1.1)
     step = jax.jit(rule.step)
-    reason, _ = step(rule.start(1, 2), two_lines(**changes), jnp.zeros((1, 4, 2), jnp.int32))
+    reason, _ = step(rule.start(1, 2), two_lines(**changes), dict(token=jnp.zeros((1, 4, 2), jnp.int32)))
     np.testing.assert_array_equal(reason, [[0, T.SIMILAR if pruned else 0]])
 
 
@@ -150,5 +150,5 @@ def test_a_child_reborn_above_its_parents_birth_is_compared_along_the_parents_pa
     )  # fmt: skip
     for said, pruned in ((6, True), (9, False)):  # slot 0 says 6 at row 1; 9 is old, in the column of slot 1
         token = jnp.array([[[5, 0, 0], [6, 9, said], [7, 4, 0], [0, 0, 0]]])
-        reason, _ = rule.step(rule.start(1, 3), lines, token)
+        reason, _ = rule.step(rule.start(1, 3), lines, dict(token=token))
         np.testing.assert_array_equal(reason, [[0, 0, T.SIMILAR if pruned else 0]])

@@ -90,7 +90,7 @@ def chaos(key) -> Branching:
 def chaos_prune(key):
     """Stops lines at random, descendants or not."""
 
-    def step(memory, lines, token):
+    def step(memory, lines, cells):
         hit = jax.random.bernoulli(jax.random.fold_in(key, memory), 0.08, lines.status.shape)
         return jnp.where(hit & (lines.status == ACTIVE), T.SIMILAR, 0).astype(jnp.int8), memory + 1
 
@@ -115,7 +115,7 @@ def scripted(births, stops):
             line, row, token = (jnp.where(here, new, old) for new, old in zip(what, (line, row, token)))
         return none, Births(line=line, row=row, token=token, may_fork=line >= 0)
 
-    def stop(iteration, lines, token):
+    def stop(iteration, lines, cells):
         reason = jnp.zeros(lines.status.shape, jnp.int8)
         for at, slot in stops:
             reason = jnp.where((iteration == at) & (jnp.arange(reason.shape[1]) == slot), T.PRUNED, reason)

@@ -1,4 +1,8 @@
-"""Where to fork: branching rules, pure functions of what the sampler sees at a step."""
+"""Where to fork: branching rules, pure functions of what the sampler sees at a step.
+
+A rule's keyword-only arguments are numbers of the section `branching` (those of `lookahead`, traced, where it names
+them), or options of its own, with the type of their default.
+"""
 import jax
 import jax.numpy as jnp
 
@@ -104,3 +108,6 @@ def lookahead(*, tau_abs, tau_rel, share, fill_after, greedy, max_children: int 
         return forced, births._replace(line=line, row=jnp.where(fill, -1, births.row))
 
     return Branching(start=start, step=step, candidates=max_children + 1)
+
+
+RULES = {"stochastic": stochastic, "lookahead": lookahead}

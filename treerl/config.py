@@ -108,7 +108,7 @@ def default() -> ConfigDict:
     )
     config.branching = ConfigDict(
         dict(
-            rule="lookahead",  # stochastic, lookahead
+            rule="lookahead",  # stochastic, lookahead: see treerl.branching
             tau_abs=0.05,  # a candidate is likelier than this ...
             tau_rel=0.8,  # ... and at most this less likely than the likeliest
             max_children=3,  # a fork starts at most so many lines
@@ -116,7 +116,9 @@ def default() -> ConfigDict:
             fill_after=6,  # iterations, then empty slots start from the prompt
             greedy=False,  # tree lines take the likeliest token instead of sampling
             at="token",  # in environments lines fork at any token of an action, or where an action begins (turn)
-        )
+            options=ConfigDict(),  # keyword arguments of a rule of your own
+        ),
+        convert_dict=False,
     )
     config.pruning = ConfigDict(
         dict(
@@ -127,7 +129,7 @@ def default() -> ConfigDict:
             #               the latest starts (branching.fill_after) can have them, at the end of a sampler.segment
             kappa=0.5,  # share of the lines of that length that survive; 1: all
             rho=0.5,  # share of right answers wanted among survivors
-            options=ConfigDict(),  # keyword arguments of the survival rule: "{'lam': 1.0, 'p_min': 0.2, 'least': 1}"
+            options=ConfigDict(),  # keyword arguments of a survival rule, or one of your own: "{'lam': 1.0, 'p_min': 0.2, 'least': 1}"
             columns=0,  # lines of a tree that run on at most, in a smaller pool; 0: kappa x slots, rounded up. Rules that
             #             draw (arrol, arrol_group) cut what exceeds it and so keep less than kappa unless it is larger
             refork=False,  # fill the room that survivors leave of it with new lines that continue them
@@ -221,7 +223,7 @@ def default() -> ConfigDict:
     return config
 
 
-OPTIONS = ("environment.options", "text.options", "text.chat_options", "text.graders", "advantage.options", "advantage.multipliers", "pruning.options", "pruning.backward_options")  # checked where the functions that take them are known
+OPTIONS = ("environment.options", "text.options", "text.chat_options", "text.graders", "advantage.options", "advantage.multipliers", "branching.options", "pruning.options", "pruning.backward_options")  # checked where the functions that take them are known
 
 
 def fields(config, prefix: str = ""):

@@ -188,6 +188,13 @@ def make_window(config, environment: Environment | None) -> int | None:
     return e.window
 
 
+def make_rule(rule: Callable, options, section: str, name: str, numbers: tuple[str, ...]) -> Callable:
+    """A branching or pruning rule with its own options, as a function of a dict that has the config's `numbers`."""
+    bound = bind(rule, options, f"{section}.options", f"{section}.rule={name}", numbers)
+    takes = [number for number in numbers if number in inspect.signature(rule).parameters]
+    return lambda given: bound(**{number: given[number] for number in takes})
+
+
 def make_quality(config, late: int, width: int) -> tuple[Quality | None, int, int | None]:
     """The quality head, iterations before the review and columns after it; (None, 0, None) without a survival rule.
 
@@ -197,9 +204,9 @@ def make_quality(config, late: int, width: int) -> tuple[Quality | None, int, in
     p, s, q = config.pruning, config.sampler, config.quality
     known(p.weights, WEIGHTS, "pruning.weights")
     if p.rule not in survival.RULES:
-        if len(p.options) or p.refork or p.columns or p.weights != "none":
+        if p.refork or p.columns or p.weights != "none":
             raise UserError(
-                f"pruning.options, columns, refork and weights are read by survival rules, not by pruning.rule={p.rule}; "
+                f"pruning.columns, refork and weights are read by survival rules, not by pruning.rule={p.rule}; "
                 f"set it to one of {', '.join(survival.RULES)}, or leave them at their defaults."
             )
         return None, 0, None
@@ -284,15 +291,6 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None, folder: str | No
       optimizer: replaces the config's own. folder: of the published model that `model.source` names.
     """
     s, l, b, p = config.sampler, config.learner, config.branching, config.pruning
-
-    def lookahead(knobs, step):
-        share = knobs["share"][jnp.sum(knobs["share_from"] <= step) - 1]
-        return branching.lookahead(
-            tau_abs=knobs["tau_abs"], tau_rel=knobs["tau_rel"], share=share, greedy=knobs["greedy"],
-            fill_after=knobs["fill_after"], max_children=b.max_children,
-        )  # fmt: skip
-
-    branchings = {"stochastic": lambda knobs, step: branching.stochastic(), "lookahead": lookahead}
     windows = tuple(p.windows)
     if p.rule == "similarity" and (not windows or not 1 <= min(windows) <= max(windows) <= s.answer_length):
         raise UserError(
@@ -304,6 +302,15 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None, folder: str | No
     model = make_model(config.model, task, folder, mesh)
     quality, review_at, columns = make_quality(config, budget - s.answer_length, model.config.width)
 
+    def forking(knobs, step):
+        share = knobs["share"][jnp.sum(knobs["share_from"] <= step) - 1]
+        return dict(knobs, share=share, max_children=b.max_children)
+
+    numbers = ("tau_abs", "tau_rel", "share", "fill_after", "greedy", "max_children")
+    branch = make_rule(known(b.rule, branching.RULES, "branching.rule"), b.options, "branching", b.rule, numbers)
+    prune = known(p.rule, pruning.RULES | survival.RULES, "pruning.rule")
+    prune = None if quality else make_rule(prune, p.options, "pruning", p.rule, ("tau_ed", "windows"))
+
     def survive(knobs, step, quality_state):
         def judge(hidden):
             score = quality.head.score(quality_state["params"], hidden)
@@ -314,10 +321,6 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None, folder: str | No
             columns=columns, rho=knobs["rho"], warm=step < knobs["pruning_from"], refork=p.refork,
         )  # fmt: skip
 
-    prunings = {
-        "none": lambda knobs, *_: pruning.none(),
-        "similarity": lambda knobs, *_: pruning.similarity(windows=windows, tau_ed=knobs["tau_ed"]),
-    } | dict.fromkeys(survival.RULES, survive)
     if s.prompts % sharding.tree_shards(mesh):
         shards = sharding.tree_shards(mesh)
         raise UserError(
@@ -367,8 +370,8 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None, folder: str | No
         model=model,
         optimizer=optax.with_extra_args_support(optimizer or make_optimizer(config.optimizer, config.steps * l.epochs)),
         mesh=mesh,
-        branching=known(b.rule, branchings, "branching.rule"),
-        pruning=known(p.rule, prunings, "pruning.rule"),
+        branching=lambda knobs, step: branch(forking(knobs, step)),
+        pruning=survive if quality else lambda knobs, *_: prune(dict(knobs, windows=windows)),
         quality=quality,
         grader=task.grade,
         host=task.host,

@@ -1,4 +1,8 @@
-"""What to stop while generating: pruning rules, pairs of pure functions around a memory, or one look at all lines."""
+"""What to stop while generating: pruning rules, pairs of pure functions around a memory, or one look at all lines.
+
+Keyword-only arguments of a rule of RULES are numbers of the section `pruning` (those of `similarity`), or options of its
+own, with the type of their default. Rules of `treerl.survival` are given to `survival`.
+"""
 from typing import Callable, NamedTuple
 
 import jax
@@ -14,7 +18,7 @@ def none() -> Pruning:
     """Prunes nothing."""
     return Pruning(
         start=lambda batch, slots: (),
-        step=lambda memory, lines, token: (jnp.zeros(lines.status.shape, jnp.int8), memory),
+        step=lambda memory, lines, cells: (jnp.zeros(lines.status.shape, jnp.int8), memory),
     )
 
 
@@ -66,7 +70,7 @@ def similarity(*, windows: tuple[int, ...], tau_ed) -> Pruning:
         table = jnp.zeros((batch, slots, longest + 1), jnp.int32)
         return jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.int32), table, table
 
-    def step(memory, lines: Lines, token):
+    def step(memory, lines: Lines, cells):
         slots = lines.status.shape[1]
         age = lines.cursor - lines.birth  # own tokens so far
         last = jnp.maximum(lines.cursor - 1, 0)
@@ -75,7 +79,7 @@ def similarity(*, windows: tuple[int, ...], tau_ed) -> Pruning:
         read = jax.vmap(lambda table, row, column: table[row, column])
         # along the parent's path: above its birth, where a child may be reborn, its column is not its own
         theirs = jnp.maximum(read(lines.path, parent, last), 0)
-        newest = read(token, last, own), read(token, last, theirs)
+        newest = read(cells["token"], last, own), read(cells["token"], last, theirs)
         n = jnp.clip(age, 1, longest)
 
         def one(mine, theirs, row, column, new, n):
@@ -149,3 +153,6 @@ def survival(judge: Callable, choose: Callable, *, detection, columns: int, rho,
         return Review(reason, fork, Detected(hidden, score, posterior, due, due & keep, chance))
 
     return none()._replace(review=review)
+
+
+RULES = {"none": none, "similarity": similarity}

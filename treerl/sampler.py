@@ -288,7 +288,7 @@ def sample(
 
         memory, stopped = carry.memory, jnp.zeros(lines.status.shape, bool)
         if grows:
-            reason, memory = pruning.step(memory, lines, grid["token"])
+            reason, memory = pruning.step(memory, lines, grid)
             lines, grid["end"], stopped = stop(lines, grid["end"], reason, carry.active)
         stats = Stats(
             sampled=carry.stats.sampled + count(writes & ~told),

@@ -17,9 +17,8 @@ NONE = -1  # no parent, no leaf, no cell
 
 # source of a token
 SAMPLED, FORCED, ENVIRONMENT = 0, 1, 2
-# end of a line; PRUNED and above say why it was pruned
-RUNNING, FINISHED, TRUNCATED, CUT, SIMILAR, DROPPED = 0, 1, 2, 3, 4, 5
-PRUNED = SIMILAR
+# end of a line; those above PRUNED say why it was pruned
+RUNNING, FINISHED, TRUNCATED, CUT, PRUNED, SIMILAR, DROPPED = 0, 1, 2, 3, 4, 5, 6
 
 HASHES = (0x9E3779B9, 0x01000193), (0x85EBCA6B, 0x2C1B3C6D)  # (seed, odd base) of either word of a text's id
 

@@ -154,15 +154,16 @@ class Pruning(NamedTuple):
     """A pruning rule, a pair of functions around a memory of its own, or a look at all lines at one moment.
 
     start(B, K) -> memory.
-    step(memory, Lines, token [B, S, K]) -> (reason [B, K] int8, 0 to go on, memory); a DONE line
-        can be pruned too, and is then no leaf. In a tree that is over (see Branching) none is.
+    step(memory, Lines, cells) -> (reason [B, K] int8, 0 to go on, memory); cells has token, entropy, logp_policy and
+        the other fields [S, K] of `tree.Tree` by name, as [B, S, K], up to the newest tokens. A DONE line can be pruned
+        too, and is then no leaf. In a tree that is over (see Branching) none is.
     review(Lines, hidden [B, K, D], key [B] typed keys, one a tree) -> Review, or None without one. The sampler
         calls it once (`sample`, review_at); hidden is of the cell that each line's newest token was drawn from.
         From then on no line is born but those it forks, and lines may move to other slots of a smaller
         pool, where `step` is not called any more.
 
     A reason is tree.PRUNED or above, as it becomes the `end` of the line's last cell, where 1 to 3
-    are the other ends. A new one needs a number in tree.py and a name in draw.view.ENDS.
+    are the other ends. One that pictures should tell apart needs a number in tree.py and a name in draw.view.ENDS.
     """
 
     start: Callable

@@ -7,8 +7,8 @@ import numpy as np
 from treerl.tree import CUT, DROPPED, FINISHED, PRUNED, RUNNING, SIMILAR, TRUNCATED
 
 ENDS = {
-    RUNNING: "running", FINISHED: "finished", TRUNCATED: "truncated", CUT: "cut", SIMILAR: "pruned: similar",
-    DROPPED: "pruned: dropped at detection",
+    RUNNING: "running", FINISHED: "finished", TRUNCATED: "truncated", CUT: "cut", PRUNED: "pruned",
+    SIMILAR: "pruned: similar", DROPPED: "pruned: dropped at detection",
 }  # fmt: skip
 CHAR, CHIP, GAP, MARGIN = 7.9, 22, 12, 16  # pixels: of a character, of a token's box, between boxes, around the tree
 

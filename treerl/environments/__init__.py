@@ -43,8 +43,8 @@ class Environment:
     step: Callable  # (state, action [A]) -> (state, observation [O], reward [] float32, done [] bool); any tokens are
     #                 legal input, ids beyond the vocabulary too. When an episode is over nothing changes: reward 0, done.
     state_id: Callable  # (state) -> [2] uint32, equal exactly where states are
-    invalid: Callable  # (state) -> [] bool: the action before was malformed, or not to be done in its state
-    player: Callable | None  # (key, state) -> action [A], of a script of middling quality: who to learn from at first
+    invalid: Callable = lambda state: state["invalid"]  # (state) -> [] bool: the action before was malformed, or not to be done
+    player: Callable | None = None  # (key, state) -> action [A], of a script of middling quality: who to learn from at first
     on_host: bool = False  # `step` calls Python: the sampler then asks only when an action has ended, and an action of
     #                        padding alone is none: it changes nothing and takes no turn
     faults: Callable = dict  # () -> how many episodes ended because Python failed, by kind

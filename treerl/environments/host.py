@@ -111,7 +111,7 @@ def adapt(
 
     return Environment(
         tokenizer=tokenizer, observation=observation, action=action, horizon=horizon, tasks=tasks, goal=asked,
-        reset=reset, step=step, state_id=lambda state: state["id"], invalid=lambda state: state["invalid"],
+        reset=reset, step=step, state_id=lambda state: state["id"],
         player=script if player else None, on_host=True, faults=lambda: dict(games.faults), close=games.close,
     )  # fmt: skip
 

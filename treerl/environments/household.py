@@ -214,5 +214,5 @@ def make(*, seed: int = 0, train_size: int = 2048, heldout_size: int = 512, hori
     begin, go = timed(reset, step, horizon)
     return Environment(
         tokenizer=TOKENIZER, observation=O, action=A, horizon=horizon, tasks=draw_tasks(draw, seed, sizes), goal=goal,
-        reset=begin, step=go, state_id=state_id, invalid=lambda state: state["invalid"], player=player,
+        reset=begin, step=go, state_id=state_id, player=player,
     )  # fmt: skip

@@ -19,6 +19,7 @@ class Family(NamedTuple):
     tied: bool = False  # tie_word_embeddings
     head_dim: int | None = None  # None: width / heads
     rope_theta: float = 10_000.0
+    only: dict = {}  # keys of config.json with one supported value beside null, further to those of all
 
 
 FAMILIES = {
@@ -73,7 +74,7 @@ def fields(hf: dict) -> dict:
     """
     name = _architecture(hf)
     family = FAMILIES[name]
-    for key, only in _ONLY.items():
+    for key, only in (_ONLY | family.only).items():
         if hf.get(key) not in (None, only):
             raise _refused(key, hf[key])
     act = "hidden_activation" if name == _GEMMA else "hidden_act"

@@ -1,5 +1,6 @@
 """Tasks: where examples come from, what the model reads, and what an answer is worth."""
 import dataclasses
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ from treerl.environments import Environment
 from treerl.errors import UserError
 from treerl.tokenizers import CharTokenizer, TextTokenizer, WordTokenizer
 
+DEVICE = ("countdown",)  # modules here with make(config, data_dir) -> Task, graded on the device
 TEXT = ("addition", "reasoning_gym", "jsonl", "tfds")
-NAMES = ("countdown", *TEXT, *environments.NAMES)
+NAMES = (*DEVICE, *TEXT, *environments.NAMES)
 
 
 class Encoded(NamedTuple):
@@ -81,10 +83,8 @@ def make(
     Raises ValueError where the name is unknown or a field of the config cannot work.
     """
     # Each task imports Task from here, hence the late imports.
-    if config.name == "countdown":
-        from treerl.tasks import countdown
-
-        return countdown.make(config, data_dir)
+    if config.name in DEVICE:
+        return importlib.import_module(f"treerl.tasks.{config.name}").make(config, data_dir)
     if config.name in environments.NAMES:
         from treerl.tasks import agents
 
