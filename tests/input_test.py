@@ -168,7 +168,7 @@ def test_every_field_was_thought_of():
     """A field has a rule, can be anything of its type, or is checked where its names are known."""
     ruled = [name for _, _, names in C.RULES for name in names.split()]
     anything = {"branching.greedy", "pruning.refork", "learner.reference", "model.qk_norm", "model.qkv_bias", "model.tied"}
-    anything |= {"text.chat", "text.chat_options", "text.system"}
+    anything |= {"text.chat", "text.chat_options", "text.system", "wandb"}
     elsewhere = {  # see `test_runs_that_can_never_start`, countdown_test and text_test
         "advantage.name", "advantage.options", "advantage.multipliers", "branching.rule", "learner.aggregation",
         "learner.forced", "learner.importance", "learner.kl_estimate", "learner.objective", "learner.proximal",
@@ -391,7 +391,7 @@ class Quick(Experiment):
 
     def count(self, state, prompts, knobs, check):
         self.before_step(int(state.step) + 1)
-        return state.replace(step=state.step + 1, position=state.position + prompts.token.shape[0]), {"reward": 0.5}
+        return state.replace(step=state.step + 1, position=state.position + prompts.token.shape[0]), {"reward": 0.5, "sampled_tokens": 100}
 
     def compile_step(self):
         return profiling.Memory(0, 0, None)

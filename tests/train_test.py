@@ -155,7 +155,7 @@ def runs(tmp_path_factory):
 
 def story(workdir: pathlib.Path) -> list[dict]:
     """The lines of metrics.jsonl without their times."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(workdir / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in metrics.read(workdir / "metrics.jsonl")]
 
 
 def test_the_run_was_killed_at_all_kinds_of_moments(runs):
@@ -282,7 +282,7 @@ def test_report(runs):
         assert f"<td>{name}</td>{before}{after}" in page
     training, warm = drawn(page)
     names = {name for line in story(runs["folder"] / "killed") for name in line}
-    assert sorted(name for _, panel in training for name in panel) == sorted(names - {"step"} | {"seconds"})
+    assert sorted(name for _, panel in training for name in panel) == sorted(names - {"step"} | {"seconds", "tokens_per_second"})
     assert sorted(name for _, panel in warm for name in panel) == ["loss", "majority@3", "pass@1", "pass@2", "pass@3"]
 
 
