@@ -18,7 +18,7 @@ from profiling_test import traced_steps
 from report_test import drawn
 from treerl import metrics
 from treerl.experiment import Experiment, load
-from treerl.workdir import claim, write_config
+from treerl.workdir import claim, read_config, write_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("TREERL_KILLS", 4))  # how often the run is killed; 20 take about 5 minutes
@@ -253,7 +253,7 @@ def test_a_prompt_too_long_for_the_run(runs):
 
     from treerl import tasks
 
-    config = ConfigDict(json.loads((runs["folder"] / "whole" / "config.json").read_text()))
+    config = ConfigDict(read_config(str(runs["folder"] / "whole")))
     config.sampler.prompt_length = 6
     experiment = SimpleNamespace(config=config, task=tasks.make(config.task, config.data_dir))
     assert Experiment.parse(experiment, "3 5=8")["target"] == 8
@@ -297,7 +297,7 @@ def test_only_what_the_design_names_is_written(runs):
 def test_a_workdir_of_another_experiment_is_refused(runs, tmp_path):
     from ml_collections import ConfigDict
 
-    config = ConfigDict(json.loads((runs["folder"] / "whole" / "config.json").read_text()))
+    config = ConfigDict(read_config(str(runs["folder"] / "whole")))
     workdir = tmp_path / "run"
     claim(str(workdir), config)
     assert not workdir.exists()  # it only looks

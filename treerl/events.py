@@ -122,7 +122,7 @@ def check_wandb(project: str) -> None:
 
     if os.environ.get("WANDB_MODE", "online") == "online":
         try:
-            wandb.login()
+            wandb.login(verify=False)  # without the network
         except Exception as error:
             raise UserError(
                 f"wandb={project!r} has no account to write to ({_first_line(error)}); log in, or set WANDB_MODE=offline in the "
@@ -139,7 +139,8 @@ class WandbRun:
 
     The same names and steps as in metrics.jsonl. W&B's steps only go forward: a step that it has already is not sent again.
     workdir/wandb/run.json keeps the run's id and the last step sent; W&B's own files lie beside it, or in ./wandb if the
-    workdir is in an object store. Without a network they are kept for `wandb sync`.
+    workdir is in an object store. Without a network they are kept for `wandb sync`, but for what W&B had not written yet when a
+    process was killed, 15 s by its default.
 
     Args:
       project: of W&B. config: nested dict. history: lines of metrics.jsonl; those that W&B lacks are sent.
@@ -158,6 +159,7 @@ class WandbRun:
                 self._run = start()
             except Exception as error:
                 _warn(f"W&B cannot be reached ({_first_line(error)}): its files are kept for wandb sync.")
+                wandb.teardown()  # it holds the id
                 self._run = start(mode="offline")
             self._sent = self._run.starting_step - 1 if self._run.resumed else known["step"]
             for line in history:

@@ -7,11 +7,15 @@ EVERY = 30.0  # seconds between two lines of a log, at least
 
 
 class _Log:
-    """Standard error for tqdm where a line cannot be drawn over: each stays."""
+    """Standard error for tqdm where a line cannot be drawn over: each stays, and one of the same step is left out."""
+
+    last = ""
 
     def write(self, text: str) -> None:
-        if text := text.strip():
-            print(text, file=sys.stderr, flush=True)
+        step = text.partition("[")[0].strip()
+        if step and step != self.last:
+            print(text.strip(), file=sys.stderr, flush=True)
+            self.last = step
 
     def flush(self) -> None:
         pass
