@@ -12,6 +12,7 @@ import time
 import jax
 import pytest
 
+from events_test import Wandb
 from treerl import config as C
 from treerl import metrics, profiling, sharding, train
 from treerl.checkpoint import Checkpoints
@@ -538,6 +539,44 @@ def test_a_workdir_of_another_experiment(quick, finished, tmp_path):
             f"workdir={workdir} belongs to a run with {words}; give another --workdir, or the same config."
         )
     assert files(workdir) == before
+
+
+def test_wandb_is_asked_for_and_not_installed(quick, finished, tmp_path, monkeypatch):
+    """Of a new run and of one that goes on: nothing is written."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = "wandb='mine' needs the package wandb; pip install wandb, or set wandb=''."
+    assert sentence(functools.partial(quick, wandb="mine")) == message
+    assert not (tmp_path / "run").exists()
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    before = files(workdir)
+    assert sentence(functools.partial(quick, steps=4, wandb="mine")) == message
+    assert files(workdir) == before
+
+
+def test_wandb_gets_the_lines_of_a_run(quick, tmp_path, monkeypatch):
+    """Those before it was asked for, too; and what a run does again after a crash is not sent again."""
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
+    constant = dict(optimizer__schedule="constant")  # so that steps may change
+
+    def crash(number):
+        if number == 8:
+            raise KeyboardInterrupt
+
+    quick(steps=3, **constant)
+    monkeypatch.setattr(Quick, "before_step", staticmethod(crash))
+    with pytest.raises(KeyboardInterrupt):
+        quick(wandb="mine", **constant)
+    assert wandb.ended == [1] and [step for step, _ in wandb.sent] == [1, 2, 3, 4, 5, 6, 7]
+    started = []
+    monkeypatch.setattr(Quick, "before_step", staticmethod(started.append))
+    quick(wandb="mine", **constant)
+    assert started[0] == 7 and wandb.ended == [1, 0]
+    assert [step for step, _ in wandb.sent] == list(range(1, STEPS + 1))
+    lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    alike = [(line["step"], {k: v for k, v in line.items() if k != "step"}) for line in lines if line["step"] != 7]
+    assert [x for x in wandb.sent if x[0] != 7] == alike and {x for x in wandb.sent[-1][1]} >= {"reward", "tokens_per_second", "pass@1"}
+    first, again = wandb.asked
+    assert first == again and first["config"]["sampler"]["slots"] == 8 and first["name"] == "run"
 
 
 def test_a_damaged_config(quick, finished, tmp_path):
