@@ -15,6 +15,7 @@ import pytest
 
 from events_oracle import scalars
 from profiling_test import traced_steps
+from readme_test import rows_of
 from report_test import drawn
 from treerl import metrics
 from treerl.experiment import Experiment, load
@@ -282,6 +283,7 @@ def test_report(runs):
         assert f"<td>{name}</td>{before}{after}" in page
     training, warm = drawn(page)
     names = {name for line in story(runs["folder"] / "killed") for name in line}
+    assert all(len(rows_of(name)) == 1 for name in names - {"step"})  # of the README's table
     assert sorted(name for _, panel in training for name in panel) == sorted(names - {"step"} | {"seconds", "tokens_per_second"})
     assert sorted(name for _, panel in warm for name in panel) == ["loss", "majority@3", "pass@1", "pass@2", "pass@3"]
 
