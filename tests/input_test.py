@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import resource
 import shutil
 import subprocess
@@ -104,6 +105,24 @@ def test_command_line_of_train(arg, flags, message, tmp_path):
 def test_command_lines(entry, flags, message):
     run = launch(entry, *flags)
     assert (run.returncode, run.stdout, run.stderr) == (1, "", message + "\n")
+
+
+@pytest.mark.parametrize("entry", sorted(p.stem for p in (ROOT / "launch").glob("*.py") if "entry.run(main" in p.read_text()))
+def test_help(entry):
+    """The docstring and every flag that the program defines or reads, one behind the other; exit status 0."""
+    run, source = launch(entry, "--help"), (ROOT / "launch" / f"{entry}.py").read_text()
+    assert (run.returncode, run.stderr) == (0, "")
+    said, _, listed = run.stdout.partition("\n\nFlags:\n")
+    assert said == source.split('"""')[1].strip()
+    names = re.findall(r"^  --(?:\[no\])?([\w.]+)", listed, re.M)
+    own = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)
+    together = ["coordinator_address", "num_processes", "process_id", "coordinator_timeout"] * ("together=True" in source)
+    assert [name for name in names if name != "config.FIELD"] == [*own, *together, "verbosity"]
+    assert max(map(len, listed.splitlines())) <= 120 and "absl" not in listed
+
+
+def test_help_has_defaults():
+    assert re.search(r"^  --seed +Another seed grows another tree\. The default is 0\.$", launch("generate", "--help").stdout, re.M)
 
 
 def test_bugs_and_the_curious_get_a_traceback(tmp_path):

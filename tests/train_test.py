@@ -403,9 +403,10 @@ def test_a_finished_run_writes_its_report_again(runs):
     """Also when it was asked to stop meanwhile: nothing is left to save."""
     folder, killed = runs["folder"], runs["folder"] / "killed"
     (killed / "report.html").unlink()
-    lines = (killed / "metrics.jsonl").read_bytes()
-    run = start(folder, "killed")
-    wait_until(run, lambda: f"{STEPS}/{STEPS}" in (folder / "killed.log").read_text().rpartition("\n")[2])
+    lines, told = (killed / "metrics.jsonl").read_bytes(), lambda: (folder / "killed.log").read_text().count(f"train: {STEPS}/{STEPS} [")
+    before, run = told(), start(folder, "killed")
+    wait_until(run, lambda: told() > before)
+    run.send_signal(signal.SIGTERM)
     assert finish(run, folder / "killed.log") == runs["summary"]
     assert (killed / "report.html").exists() and (killed / "metrics.jsonl").read_bytes() == lines
 
