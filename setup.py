@@ -42,7 +42,8 @@ setup(
         "gcs": ["gcsfs"],  # workdirs on gs://
         "gym": ["reasoning-gym"],  # a hundred text tasks
         "textworld": ["textworld"],  # text adventures; builds a part in C
-        "test": ["pytest", "pytest-xdist", "reasoning-gym", "gcsfs", "gcp-storage-emulator"],
+        "wandb": ["wandb"],  # metrics to Weights & Biases
+        "test": ["pytest", "pytest-xdist", "reasoning-gym", "wandb", "gcsfs", "gcp-storage-emulator"],
         "peers": ["google-tunix", "torch", "transformers", "peft"],  # measured beside treerl by launch.bench
         "notebooks": ["jupyter", "nbconvert", "ipykernel"],
     },

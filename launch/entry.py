@@ -17,6 +17,7 @@ _ADDRESS = flags.DEFINE_string(
 _COUNT = flags.DEFINE_integer("num_processes", None, "How many processes run this command together.", lower_bound=1)
 _NUMBER = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 _TIMEOUT = flags.DEFINE_integer("coordinator_timeout", 300, "Seconds to wait until all of them are there.", lower_bound=1)
+_TOGETHER = tuple(flag.name for flag in (_ADDRESS, _COUNT, _NUMBER, _TIMEOUT))
 
 
 def run(main, *, together: bool = False) -> None:
@@ -52,7 +53,7 @@ def run(main, *, together: bool = False) -> None:
             raise
 
     try:
-        app.run(quiet_main, flags_parser=parse)
+        app.run(quiet_main, flags_parser=lambda argv: parse(argv, _TOGETHER * together))
     except UserError as error:
         if logging.level_debug():
             raise

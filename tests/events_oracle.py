@@ -1,4 +1,5 @@
-"""TensorBoard's reading of a folder of event files, in plain Python."""
+"""TensorBoard's reading of a folder of event files, and W&B's files, in plain Python."""
+import json
 import struct
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -47,3 +48,23 @@ def scalars(folder) -> dict[int, dict[str, float]]:
                 assert value.tag not in line
                 line[value.tag] = value.simple_value
     return result
+
+
+def wandb_lines(file) -> list[tuple[int, dict]]:
+    """(step, name -> number) of each line in a .wandb file: blocks of 32 KiB as LevelDB's log has them, of protobuf records."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, parts, found = file.read_bytes(), 7, b"", []  # behind the magic number
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:  # no room for a head
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or last part
+            record, parts = Record.FromString(parts), b""
+            if record.HasField("history"):
+                line = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                found.append((line.pop("_step"), {name: x for name, x in line.items() if not name.startswith("_")}))
+    return found

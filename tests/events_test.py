@@ -1,11 +1,18 @@
-import logging
+import importlib.machinery
+import importlib.util
+import json
 import os
+import re
+import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from events_oracle import crc32c, scalars
+from events_oracle import crc32c, scalars, wandb_lines
 from treerl import events
+from treerl.errors import UserError
 
 
 def test_the_oracle_knows_the_checksum():
@@ -46,30 +53,30 @@ def test_grouped_tags():
     assert events.grouped({"loss": 1, "pass@8": 2}) == {"train/loss": 1, "eval/pass@8": 2}
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     folder = tmp_path / "tensorboard"
     folder.write_text("a file")
-    with caplog.at_level(logging.WARNING), events.EventFile(folder, resume_step=0) as file:
+    with events.EventFile(folder, resume_step=0) as file:
         file.write(1, {"train/a": 1.0})
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{folder} cannot be written (File exists): the run goes on without event files; metrics.jsonl has its numbers."
-    ]
+    assert capsys.readouterr().err == (
+        f"{folder} cannot be written (File exists): the run goes on without event files; metrics.jsonl has its numbers.\n"
+    )
 
 
-def test_a_full_disk_is_one_warning(tmp_path, caplog, monkeypatch):
+def test_a_full_disk_is_one_warning(tmp_path, capsys, monkeypatch):
     """/dev/full refuses every byte, as a full disk does."""
     full = lambda path, mode, buffering: open("/dev/full", "wb", buffering=buffering)
     monkeypatch.setattr(events, "open", full, raising=False)
-    with caplog.at_level(logging.WARNING), events.EventFile(tmp_path, resume_step=0) as file:
+    with events.EventFile(tmp_path, resume_step=0) as file:
         for step in range(50):
             file.write(step, {"train/a": 1.0})
-    assert [record.getMessage() for record in caplog.records] == [
+    assert capsys.readouterr().err == (
         f"{tmp_path} cannot be written (No space left on device): the run goes on without event files; "
-        "metrics.jsonl has its numbers."
-    ]
+        "metrics.jsonl has its numbers.\n"
+    )
 
 
-def test_a_record_that_fits_in_part_is_a_full_disk_too(tmp_path, caplog):
+def test_a_record_that_fits_in_part_is_a_full_disk_too(tmp_path, capsys):
     class Half:
         def write(self, data):
             return len(data) // 2
@@ -80,7 +87,152 @@ def test_a_record_that_fits_in_part_is_a_full_disk_too(tmp_path, caplog):
     file = events.EventFile(tmp_path, resume_step=0)
     file._file.close()
     file._file = Half()
-    with caplog.at_level(logging.WARNING):
-        file.write(1, {"train/a": 1.0})
-        file.write(2, {"train/a": 1.0})
-    assert len(caplog.records) == 1 and os.strerror(28) in caplog.text
+    file.write(1, {"train/a": 1.0})
+    file.write(2, {"train/a": 1.0})
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and os.strerror(28) in told
+
+
+# --- Weights & Biases ------------------------------------------------------------------------------
+
+
+def lines(steps, own=0.0) -> list[dict]:
+    return [{"step": step, "reward": step / 3 + own, "pass@1": 0.5, "kl": None} for step in steps]
+
+
+def send(run, steps, own=0.0) -> None:
+    for line in lines(steps, own):
+        run.write(line.pop("step"), line)
+
+
+def test_wandb_itself_takes_each_step_once(tmp_path, monkeypatch):
+    """Offline: a run that goes on from step 5 after it had sent 7, and one that asks for W&B from step 4 on."""
+    pytest.importorskip("wandb", reason="its own files are read where the package is installed, of the extra `test`")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_CONSOLE", "off")
+    for folder, first in (("run", []), ("late", lines(range(1, 4)))):
+        workdir = tmp_path / folder
+        workdir.mkdir()
+        with events.WandbRun("mine", str(workdir), dict(sampler=dict(slots=8)), first) as run:
+            send(run, range(len(first) + 1, 8))
+        with events.WandbRun("mine", str(workdir), {}, lines(range(1, 6))) as run:
+            send(run, range(6, 10), own=1.0)
+        files = sorted(workdir.glob("wandb/offline-run-*/run-*.wandb"))
+        name = json.loads((workdir / "wandb/run.json").read_text())["id"]
+        assert [file.name for file in files] == [f"run-{name}.wandb"] * 2
+        found = [line for file in files for line in wandb_lines(file)]
+        wanted = [*lines(range(1, 8)), *lines(range(8, 10), own=1.0)]
+        assert found == [(line["step"], {"reward": line["reward"], "pass@1": 0.5}) for line in wanted]
+
+
+class Wandb(types.ModuleType):
+    """As much of wandb as is called: what was asked of init, and what was logged; `fails` names what raises."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="here")
+        self.fails, self.asked, self.sent, self.resumed, self.starting_step, self.ended = set(), [], [], False, 0, []
+
+    def _reach(self, name):
+        if name in self.fails:
+            raise ConnectionError(f"no route to {name}\nand more")
+
+    def login(self, verify):
+        assert not verify
+        self._reach("login")
+
+    def init(self, **asked):
+        self.asked.append(asked)
+        self._reach("init " + asked.get("mode", "online"))
+        return self
+
+    def teardown(self):
+        self.asked[-1]["given up"] = True
+
+    def log(self, values, step):
+        self._reach("log")
+        self.sent.append((step, values))
+
+    def finish(self, exit_code):
+        self._reach("finish")
+        self.ended.append(exit_code)
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name in ("WANDB_CONSOLE", "WANDB_FINISH_TIMEOUT"):
+        monkeypatch.setenv(name, "1")
+    return sys.modules["wandb"]
+
+
+def test_what_wandb_is_asked_for(wandb, tmp_path):
+    with pytest.raises(KeyError), events.WandbRun("mine", str(tmp_path / "run"), dict(steps=3), []) as run:
+        send(run, [1])
+        raise KeyError
+    [asked] = wandb.asked
+    assert re.fullmatch("[0-9a-f]{8}", asked.pop("id"))
+    assert asked == dict(project="mine", name="run", resume="allow", dir=str(tmp_path / "run"), config=dict(steps=3))
+    assert wandb.ended == [1]
+
+
+def test_the_server_knows_which_steps_it_has(wandb, tmp_path):
+    """More than run.json says, or less where a machine was lost with what it had not sent."""
+    with events.WandbRun("mine", str(tmp_path), {}, []) as run:
+        send(run, range(1, 6))
+    for had, wanted in ((3, [4, 5, 6, 7]), (6, [7])):
+        wandb.sent, wandb.resumed, wandb.starting_step = [], True, had + 1
+        with events.WandbRun("mine", str(tmp_path), {}, lines(range(1, 6))) as run:
+            send(run, range(6, 8))
+        assert [step for step, _ in wandb.sent] == wanted
+    assert len({asked["id"] for asked in wandb.asked}) == 1 and wandb.ended == [0, 0, 0]
+
+
+def test_without_a_network_the_run_goes_on(wandb, tmp_path, capsys):
+    wandb.fails = {"init online"}
+    with events.WandbRun("mine", str(tmp_path), {}, []) as run:
+        send(run, [1, 2])
+    assert [step for step, _ in wandb.sent] == [1, 2] and wandb.asked[0].pop("given up")
+    assert wandb.asked[1] == wandb.asked[0] | dict(mode="offline")
+    assert capsys.readouterr().err == "W&B cannot be reached (no route to init online): its files are kept for wandb sync.\n"
+
+
+@pytest.mark.parametrize("fails, sent", [({"log"}, 0), ({"finish"}, 2), ({"init online", "init offline"}, 0)])
+def test_whatever_fails_is_one_warning(fails, sent, wandb, tmp_path, capsys):
+    wandb.fails = fails
+    with events.WandbRun("mine", str(tmp_path), {}, []) as run:
+        send(run, [1, 2])
+        run.upload()
+    assert len(wandb.sent) == sent
+    last = sorted(fails)[-1] if "log" in fails or "finish" in fails else "init offline"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"W&B takes nothing more (no route to {last}): the run goes on without it; metrics.jsonl has its numbers."
+    )
+
+
+def test_wandb_that_is_not_there(monkeypatch, tmp_path):
+    """A folder that W&B made is not the package."""
+    message = "wandb='mine' needs the package wandb; pip install wandb, or set wandb=''."
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert importlib.util.find_spec("wandb")
+    for _ in range(2):
+        with pytest.raises(UserError, match=re.escape(message)):
+            events.check_wandb("mine")
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    events.check_wandb("")
+
+
+def test_wandb_without_an_account(wandb, monkeypatch):
+    events.check_wandb("mine")
+    wandb.fails = {"login"}
+    with pytest.raises(UserError) as error:
+        events.check_wandb("mine")
+    assert str(error.value) == (
+        "wandb='mine' has no account to write to (no route to login); log in, or set WANDB_MODE=offline in the environment to "
+        "keep the numbers on disk for wandb sync."
+    )
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    events.check_wandb("mine")

@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import resource
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import time
 import jax
 import pytest
 
+from events_test import Wandb
 from treerl import config as C
 from treerl import branching, metrics, profiling, pruning, sharding, tasks, train
 from treerl.advantages import ESTIMATORS, leaf_estimators
@@ -107,6 +109,24 @@ def test_command_lines(entry, flags, message):
     assert (run.returncode, run.stdout, run.stderr) == (1, "", message + "\n")
 
 
+@pytest.mark.parametrize("entry", sorted(p.stem for p in (ROOT / "launch").glob("*.py") if "entry.run(main" in p.read_text()))
+def test_help(entry):
+    """The docstring and every flag that the program defines or reads, one behind the other; exit status 0."""
+    run, source = launch(entry, "--help"), (ROOT / "launch" / f"{entry}.py").read_text()
+    assert (run.returncode, run.stderr) == (0, "")
+    said, _, listed = run.stdout.partition("\n\nFlags:\n")
+    assert said == source.split('"""')[1].strip()
+    names = re.findall(r"^  --(?:\[no\])?([\w.]+)", listed, re.M)
+    own = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)
+    together = ["coordinator_address", "num_processes", "process_id", "coordinator_timeout"] * ("together=True" in source)
+    assert [name for name in names if name != "config.FIELD"] == [*own, *together, "verbosity"]
+    assert max(map(len, listed.splitlines())) <= 120 and "absl" not in listed
+
+
+def test_help_has_defaults():
+    assert re.search(r"^  --seed +Another seed grows another tree\. The default is 0\.$", launch("generate", "--help").stdout, re.M)
+
+
 def test_bugs_and_the_curious_get_a_traceback(tmp_path):
     experiment = tmp_path / "experiment.py"
     experiment.write_text("def get_config():\n    return int('a bug')\n")
@@ -170,7 +190,7 @@ def test_every_field_was_thought_of():
     """A field has a rule, can be anything of its type, or is checked where its names are known."""
     ruled = [name for _, _, names in C.RULES for name in names.split()]
     anything = {"branching.greedy", "pruning.refork", "learner.reference", "model.qk_norm", "model.qkv_bias", "model.tied"}
-    anything |= {"text.chat", "text.chat_options", "text.system"}
+    anything |= {"text.chat", "text.chat_options", "text.system", "wandb"}
     elsewhere = {  # see `test_runs_that_can_never_start`, countdown_test and text_test
         "advantage.name", "advantage.options", "advantage.multipliers", "branching.rule", "branching.options", "learner.aggregation",
         "learner.forced", "learner.importance", "learner.kl_estimate", "learner.objective", "learner.proximal",
@@ -395,7 +415,7 @@ class Quick(Experiment):
 
     def count(self, state, prompts, knobs, check):
         self.before_step(int(state.step) + 1)
-        return state.replace(step=state.step + 1, position=state.position + prompts.token.shape[0]), {"reward": 0.5}
+        return state.replace(step=state.step + 1, position=state.position + prompts.token.shape[0]), {"reward": 0.5, "sampled_tokens": 100}
 
     def compile_step(self):
         return profiling.Memory(0, 0, None)
@@ -542,6 +562,44 @@ def test_a_workdir_of_another_experiment(quick, finished, tmp_path):
             f"workdir={workdir} belongs to a run with {words}; give another --workdir, or the same config."
         )
     assert files(workdir) == before
+
+
+def test_wandb_is_asked_for_and_not_installed(quick, finished, tmp_path, monkeypatch):
+    """Of a new run and of one that goes on: nothing is written."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = "wandb='mine' needs the package wandb; pip install wandb, or set wandb=''."
+    assert sentence(functools.partial(quick, wandb="mine")) == message
+    assert not (tmp_path / "run").exists()
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    before = files(workdir)
+    assert sentence(functools.partial(quick, steps=4, wandb="mine")) == message
+    assert files(workdir) == before
+
+
+def test_wandb_gets_the_lines_of_a_run(quick, tmp_path, monkeypatch):
+    """Those before it was asked for, too; and what a run does again after a crash is not sent again."""
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
+    constant = dict(optimizer__schedule="constant")  # so that steps may change
+
+    def crash(number):
+        if number == 8:
+            raise KeyboardInterrupt
+
+    quick(steps=3, **constant)
+    monkeypatch.setattr(Quick, "before_step", staticmethod(crash))
+    with pytest.raises(KeyboardInterrupt):
+        quick(wandb="mine", **constant)
+    assert wandb.ended == [1] and [step for step, _ in wandb.sent] == [1, 2, 3, 4, 5, 6, 7]
+    started = []
+    monkeypatch.setattr(Quick, "before_step", staticmethod(started.append))
+    quick(wandb="mine", **constant)
+    assert started[0] == 7 and wandb.ended == [1, 0]
+    assert [step for step, _ in wandb.sent] == list(range(1, STEPS + 1))
+    lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    alike = [(line["step"], {k: v for k, v in line.items() if k != "step"}) for line in lines if line["step"] != 7]
+    assert [x for x in wandb.sent if x[0] != 7] == alike and {x for x in wandb.sent[-1][1]} >= {"reward", "tokens_per_second", "pass@1"}
+    first, again = wandb.asked
+    assert first == again and first["config"]["sampler"]["slots"] == 8 and first["name"] == "run"
 
 
 def test_a_damaged_config(quick, finished, tmp_path):

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROWS = [
     {"errors"},
     {"options"},
-    {"types", "kernels", "masked", "config", "sharding", "tokenizers", "graders", "processes", "files"},
+    {"types", "kernels", "masked", "config", "sharding", "tokenizers", "graders", "processes", "files", "progress"},
     {"games"},
     {"environments"},
     {"tree", "attention", "optimizer", "checkpoint", "tasks", "workdir", "supervision"},

@@ -81,7 +81,7 @@ def test_every_metric_of_a_step_is_drawn_once_and_no_group_is_for_none(tmp_path)
     step = functools.partial(S.train_step, tiny.fns)
     _, values = jax.eval_shape(step, tiny.state(), tiny.prompts(), tiny.knobs)
     del values["samples"]  # no number
-    names = [*values, "pass@1", "pass@8", "majority@8", "weighted@8", "seconds"]  # what train adds
+    names = [*values, "pass@1", "pass@8", "majority@8", "weighted@8", "seconds", "tokens_per_second"]  # what train adds
     names += ["reward/number", "heldout/number", "graders_raised", "games_hung"]  # of graders and games on the host
     names += ["turns", "invalid", "novel/pass@1"]  # of environments
     [panels] = drawn(write(tmp_path / "report.html", history=[{"step": 1} | dict.fromkeys(names, 0.5)]))

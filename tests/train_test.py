@@ -15,10 +15,11 @@ import pytest
 
 from events_oracle import scalars
 from profiling_test import traced_steps
+from readme_test import rows_of
 from report_test import drawn
 from treerl import metrics
 from treerl.experiment import Experiment, load
-from treerl.workdir import claim, write_config
+from treerl.workdir import claim, read_config, write_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("TREERL_KILLS", 4))  # how often the run is killed; 20 take about 5 minutes
@@ -155,7 +156,7 @@ def runs(tmp_path_factory):
 
 def story(workdir: pathlib.Path) -> list[dict]:
     """The lines of metrics.jsonl without their times."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(workdir / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in metrics.read(workdir / "metrics.jsonl")]
 
 
 def test_the_run_was_killed_at_all_kinds_of_moments(runs):
@@ -253,7 +254,7 @@ def test_a_prompt_too_long_for_the_run(runs):
 
     from treerl import tasks
 
-    config = ConfigDict(json.loads((runs["folder"] / "whole" / "config.json").read_text()))
+    config = ConfigDict(read_config(str(runs["folder"] / "whole")))
     config.sampler.prompt_length = 6
     experiment = SimpleNamespace(config=config, task=tasks.make(config.task, config.data_dir))
     assert Experiment.parse(experiment, "3 5=8")["target"] == 8
@@ -282,7 +283,8 @@ def test_report(runs):
         assert f"<td>{name}</td>{before}{after}" in page
     training, warm = drawn(page)
     names = {name for line in story(runs["folder"] / "killed") for name in line}
-    assert sorted(name for _, panel in training for name in panel) == sorted(names - {"step"} | {"seconds"})
+    assert all(len(rows_of(name)) == 1 for name in names - {"step"})  # of the README's table
+    assert sorted(name for _, panel in training for name in panel) == sorted(names - {"step"} | {"seconds", "tokens_per_second"})
     assert sorted(name for _, panel in warm for name in panel) == ["loss", "majority@3", "pass@1", "pass@2", "pass@3"]
 
 
@@ -297,7 +299,7 @@ def test_only_what_the_design_names_is_written(runs):
 def test_a_workdir_of_another_experiment_is_refused(runs, tmp_path):
     from ml_collections import ConfigDict
 
-    config = ConfigDict(json.loads((runs["folder"] / "whole" / "config.json").read_text()))
+    config = ConfigDict(read_config(str(runs["folder"] / "whole")))
     workdir = tmp_path / "run"
     claim(str(workdir), config)
     assert not workdir.exists()  # it only looks
@@ -401,9 +403,10 @@ def test_a_finished_run_writes_its_report_again(runs):
     """Also when it was asked to stop meanwhile: nothing is left to save."""
     folder, killed = runs["folder"], runs["folder"] / "killed"
     (killed / "report.html").unlink()
-    lines = (killed / "metrics.jsonl").read_bytes()
-    run = start(folder, "killed")
-    wait_until(run, lambda: f"{STEPS}/{STEPS}" in (folder / "killed.log").read_text().rpartition("\n")[2])
+    lines, told = (killed / "metrics.jsonl").read_bytes(), lambda: (folder / "killed.log").read_text().count(f"train: {STEPS}/{STEPS} [")
+    before, run = told(), start(folder, "killed")
+    wait_until(run, lambda: told() > before)
+    run.send_signal(signal.SIGTERM)
     assert finish(run, folder / "killed.log") == runs["summary"]
     assert (killed / "report.html").exists() and (killed / "metrics.jsonl").read_bytes() == lines
 

@@ -11,6 +11,9 @@ from ml_collections import ConfigDict
 from treerl.errors import UserError
 from treerl.options import fits
 
+VERSION = 1  # of config.json: raised, and ADDED emptied, when a field goes, changes its name or what it means
+ADDED = ("wandb",)  # fields since then, whose default means what was before: a config.json without them is complete
+
 
 def default() -> ConfigDict:
     """The default experiment's fields; `experiments/*.py` override them."""
@@ -18,6 +21,7 @@ def default() -> ConfigDict:
     config.seed = 0  # of everything: parameters, order of examples, sampling
     config.steps = 400  # updates of the policy by reinforcement learning
     config.data_dir = "~/.cache/treerl"  # prepared datasets
+    config.wandb = ""  # a project of Weights & Biases that metrics go to as well (pip install wandb); "": none
 
     config.task = ConfigDict(
         dict(

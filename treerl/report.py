@@ -39,6 +39,7 @@ GROUPS = (
     ("quality head", ("quality_*", "survivors")),
     ("length of an answer, tokens", ("length",)),
     ("tokens sampled", ("sampled_tokens",)),
+    ("tokens sampled a second", ("tokens_per_second",)),
     ("bins", ("bins",)),
     ("seconds", ("seconds",)),
 )

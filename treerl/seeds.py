@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from treerl import metrics, processes, report, warm_start
 from treerl import prompts as P
@@ -19,6 +18,7 @@ from treerl import step as S
 from treerl.checkpoint import Checkpoints, abstract
 from treerl.errors import UserError, writing
 from treerl.experiment import Experiment, named
+from treerl.progress import bar
 from treerl.supervision import Interrupted, Signals
 from treerl.workdir import claim, has_config, write_config
 
@@ -69,8 +69,8 @@ class Seeds:
         count, key = len(self.seeds), jnp.copy(states.key)  # the states are donated
         lessons = lambda examples, index: P.encode_lessons(self.experiment.task, examples, index, whole.sampler, fns.window)
         states = restart(fns)(jax.tree.map(lambda x: x[: len(streams)], states))
-        for number in tqdm(range(config.steps), desc="warm start", disable=not progress):
-            states, values = update(states, *self._encode(lessons, streams, number * config.batch, config.batch))
+        for number in bar("warm start", config.steps, show=progress):
+            states, values = update(states, *self._encode(lessons, streams, (number - 1) * config.batch, config.batch))
         if not np.all(np.isfinite(values["loss"])):
             raise UserError("the warm start diverged; lower warm_start.learning_rate.")
         states = restart(self.experiment.fns)(states)
@@ -109,6 +109,8 @@ def train(config: ConfigDict, workdir: str, count: int, progress: bool = True, *
     Raises:
       UserError: the workdir has other seeds, or the experiment cannot run so. Interrupted: by a signal, after saving.
     """
+    if config.wandb:
+        raise UserError("several seeds in one program write metrics.jsonl alone; set wandb='', or use launch.sweep.")
     if count < 1:
         raise UserError(f"--count={count} cannot work; set it to 1 or more seeds.")
     claim(workdir, config)
@@ -141,15 +143,15 @@ def _train(config: ConfigDict, workdir: str, run: Seeds, progress: bool, signals
             checkpoints.save(0, states, extra=dict(scores=scores))
         else:
             scores = extra["scores"]
-        bar = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc="train", disable=not progress)
-        for number in bar:
+        numbers = bar("train", config.steps, initial=done, show=progress)
+        for number in numbers:
             states, values = run.step(states, number)
             measured = number % config.evaluation.every == 0 or number == config.steps
             scores = run.evaluate(states) if measured else scores
             for i, file in enumerate(files):
                 file.write(number, {k: v[i] for k, v in values.items()} | (scores[i] if measured else {}))
             if measured:
-                bar.set_postfix({k: f"{np.mean([own[k] for own in scores]):.3f}" for k in scores[0] if k.endswith("pass@1")})
+                numbers.set_postfix({k: f"{np.mean([own[k] for own in scores]):.3f}" for k in scores[0] if k.endswith("pass@1")})
             asked = signals.asked()
             if asked or number % config.checkpoint_every == 0 or number == config.steps:
                 checkpoints.save(number, states, extra=dict(scores=scores))

@@ -20,6 +20,7 @@ from treerl.config import fields
 from treerl.errors import UserError, writing
 from treerl.experiment import Experiment
 from treerl.models import weights
+from treerl.progress import bar, words
 from treerl.supervision import Interrupted, Signals, Stopped, Watchdog, stop_if_diverged
 from treerl.workdir import claim, has_config, write_config
 
@@ -45,10 +46,10 @@ def compile_step(experiment: Experiment, tell: bool) -> None:
 def train(config: ConfigDict, workdir: str, progress: bool = True, profile: tuple[int, int] | None = None) -> dict:
     """Runs an experiment to its end, from its last checkpoint if there is one.
 
-    Writes config.json, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ and report.html into workdir, and what the report
-    is made of besides: warm_start.jsonl, trees.jsonl, and a line of starts.jsonl for every process that began or went on.
+    Writes config.json, metrics.jsonl, samples.jsonl, tensorboard/, wandb/ where asked for, checkpoints/ and report.html into workdir, and
+    what the report is made of besides: warm_start.jsonl, trees.jsonl, and a line of starts.jsonl for every process that began or went on.
     Line 0 of metrics.jsonl are the scores before. Lines after the restored checkpoint are dropped and written again, with the
-    same numbers apart from times and games_KIND: how often games on this host failed since the line before, a failure that
+    same numbers apart from times (seconds, tokens_per_second) and games_KIND: how often games on this host failed since the line before, a failure that
     came again counted once. With `profile`, (first, last), traces those steps into profile/.
     Called again after its end, it writes the report again. Of several processes each calls this, with a workdir that
     all of them see; the first writes.
@@ -74,6 +75,8 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, signals: S
         experiment = Experiment(config)
         stack.callback(experiment.close)
         warm_start.check(experiment)
+        if processes.is_first():
+            events.check_wandb(config.wandb)
         if new := processes.first_decides(not has_config(workdir)):
             check_start(experiment)
             compile_step(experiment, progress)  # what does not fit is said before anything is written
@@ -153,31 +156,36 @@ class Run:
         self.state, self.extra, self.begin = state, extra, begin
         self.done, self.position = int(state.step), int(state.position)
         self._stream, self._prompts, self._watchdog, self._faults = experiment.stream(), None, Watchdog(), {}
-        self._bar = tqdm(total=experiment.config.steps, initial=self.done, desc="train", disable=not progress)
+        self._wandb, self._show = None, progress
 
     @contextlib.contextmanager
     def files(self):
         """Opens the files that the first process writes, and closes them."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._bar)
+            config = self.experiment.config
             if processes.is_first():
                 where = functools.partial(os.path.join, self.workdir)
                 told = self.done - ("unfinished" in self.extra)  # that step's line may be there, without its scores
                 self._metrics = stack.enter_context(metrics.MetricsFile(where("metrics.jsonl"), told))
                 self._samples = stack.enter_context(metrics.LinesFile(where("samples.jsonl"), self.done))
-                self._trees = stack.enter_context(metrics.LinesFile(where("trees.jsonl"), min(self.done, self.experiment.config.steps - 1)))
+                self._trees = stack.enter_context(metrics.LinesFile(where("trees.jsonl"), min(self.done, config.steps - 1)))
                 self._events = stack.enter_context(events.EventFile(where("tensorboard"), told))
                 with metrics.LinesFile(where("starts.jsonl"), self.done) as starts:
                     starts.append(dict(step=self.done, **versions()))
                 if self.done == 0 and self._metrics.empty:
                     self._metrics.write(0, self.extra["before"])
                     self._events.write(0, events.grouped(self.extra["before"]))
+                if config.wandb:
+                    told = [line for line in metrics.read(where("metrics.jsonl")) if line["step"] <= told]
+                    written = json.loads(config.to_json_best_effort())
+                    self._wandb = stack.enter_context(events.WandbRun(config.wandb, self.workdir, written, told))
+            self._bar = stack.enter_context(bar("train", config.steps, initial=self.done, show=self._show))
             yield
 
     def save(self, metric: float | None = None, **more) -> None:
         """Saves the state between two steps; `more` is kept beside it this once."""
         self.extra["seconds"] = time.monotonic() - self.begin
-        for file in (self._metrics, self._samples, self._trees, self._events) if processes.is_first() else ():
+        for file in filter(None, (self._metrics, self._samples, self._trees, self._events, self._wandb)) if processes.is_first() else ():
             file.upload()
         self.checkpoints.save(self.done, self.state, extra=self.extra | more, metric=metric)
 
@@ -217,7 +225,8 @@ class Run:
         if shown is not None and processes.is_first() and (number % config.samples_every == 0 or number == 1 or last):
             for sample in self.experiment.samples(shown):
                 self._samples.append(dict(step=number, **sample))
-        return dict(metrics.plain(values), seconds=time.monotonic() - tick)
+        values, seconds = metrics.plain(values), time.monotonic() - tick
+        return dict(values, tokens_per_second=values["sampled_tokens"] / seconds, seconds=seconds)
 
     def finish(self, values: dict) -> None:
         """What follows an update: evaluation, files, checkpoint."""
@@ -229,13 +238,16 @@ class Run:
             except Stopped:
                 self.stop_if_asked(unfinished=values)
             self.extra["after"] = scores
-            self._bar.set_postfix({name: format(x, ".3f") for name, x in (values | scores).items() if name in ("reward", "pass@1") and x is not None})
         before, self._faults = self._faults, self.experiment.faults()
         failed = {f"games_{kind}": count - before.get(kind, 0) for kind, count in self._faults.items()}
         values = dict(values, **(scores or {}), **failed, seconds=values["seconds"] + time.monotonic() - tick)
         if processes.is_first():
             self._metrics.write(number, values)
             self._events.write(number, events.grouped(values))
+            if self._wandb:
+                self._wandb.write(number, values)
+        accuracy = self.extra.get("after", self.extra["before"])["pass@1"]
+        self._bar.set_postfix_str(words(values["reward"], accuracy, values["tokens_per_second"]), refresh=False)
         self._bar.update()
         stop_if_diverged(
             self.state, config.learner.max_skipped, f"step {number}",

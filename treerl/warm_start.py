@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from treerl import processes, sharding
 from treerl import prompts as P
@@ -15,6 +14,7 @@ from treerl.checkpoint import Checkpoints, abstract
 from treerl.errors import UserError
 from treerl.experiment import Experiment
 from treerl.optimizer import make_optimizer
+from treerl.progress import bar
 from treerl.supervision import Interrupted, Signals, stop_if_diverged
 
 
@@ -96,13 +96,12 @@ def warm_start(experiment: Experiment, workdir: str, progress: bool, signals: Si
             extra = dict(curve=curve, losses=known, top=top, since=since)
             checkpoints.save(number, dict(state=state, best=best), extra=extra)
 
-        count = dict(initial=start, total=config.steps)
-        bar = tqdm(range(start + 1, config.steps + 1), desc="warm start", disable=not progress, **count)
-        for number in bar:
+        updates = bar("warm start", config.steps, initial=start, show=progress)
+        for number in updates:
             if since >= config.patience:
                 break
             if signals.asked():
-                bar.close()
+                updates.close()
                 save(number - 1)
                 raise Interrupted(
                     f"{signals.asked()}: stopped in the warm start after update {number - 1}, which is saved; the same "

@@ -4,7 +4,7 @@ import json
 from etils import epath
 from ml_collections import ConfigDict
 
-from treerl.config import fields
+from treerl.config import ADDED, VERSION, default, fields
 from treerl.errors import UserError
 from treerl.files import write_text
 
@@ -13,14 +13,14 @@ def claim(workdir: str, config: ConfigDict) -> None:
     """Checks that a workdir is new, or has a config.json with the same fields; writes nothing.
 
     Devices, folders of data, where and by how many processes answers are graded or games played, learner.max_skipped,
-    samples_every and which checkpoints are kept may differ, and so may `steps` without a schedule over them.
+    samples_every, wandb and which checkpoints are kept may differ, and so may `steps` without a schedule over them.
 
     Raises:
       UserError: the workdir belongs to another experiment; names the first field that differs.
     """
     if not has_config(workdir):
         return
-    old, new = (_decisive(found) for found in (read_fields(workdir), dict(fields(json.loads(config.to_json_best_effort())))))
+    old, new = (_decisive(found) for found in (dict(fields(read_config(workdir))), dict(fields(json.loads(config.to_json_best_effort())))))
     free = ("steps",) if config.optimizer.schedule == "constant" else ()
     for name in sorted(old | new):
         if not name.startswith(free) and old.get(name) != new.get(name):
@@ -30,7 +30,7 @@ def claim(workdir: str, config: ConfigDict) -> None:
             )
 
 
-_FREE = ("mesh.", "data_dir", "learner.max_skipped", "samples_every", "checkpoint_", "text.workers", "text.grading")
+_FREE = ("mesh.", "data_dir", "learner.max_skipped", "samples_every", "wandb", "checkpoint_", "text.workers", "text.grading")
 
 
 def _decisive(found: dict) -> dict:
@@ -51,23 +51,47 @@ def has_config(workdir: str) -> bool:
 
 
 def read_config(workdir: str) -> dict:
-    """The config.json of a workdir."""
-    path = epath.Path(workdir) / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
+    """The fields in the config.json of a workdir; those of config.ADDED that it lacks have their defaults.
+
+    Raises:
+      UserError: there is none, it is damaged, or has other fields than this treerl knows, which it names.
+    """
+    version, found = _read(workdir)
+    known = dict(fields(json.loads(default().to_json_best_effort())))
+    for name in ADDED:
+        section, _, field = name.rpartition(".")
+        (found.setdefault(section, {}) if section else found).setdefault(field, known[name])
+    there = dict(fields(found))
+    unlike = [f"is of version {version}, not {VERSION}"] * (version != VERSION)
+    for names, text in ((there.keys() - known, "has {}, unknown here"), (known.keys() - there, "lacks {}")):
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        unlike += [text.format(", ".join(sorted(names)[:5]) + more)] * bool(names)
+    if unlike:
         raise UserError(
-            f"workdir={workdir} has no config.json; give the workdir of a run made by launch.train."
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged; give another --workdir, or put the run's own config there.") from error
+            f"workdir={workdir} was made by another version of treerl: its config.json {'; it '.join(unlike)}; use the version that "
+            "made it, or give another --workdir."
+        )
+    return found
 
 
 def read_fields(workdir: str) -> dict:
-    """The fields of a workdir's config.json by their dotted names."""
-    return dict(fields(read_config(workdir)))
+    """The fields in the config.json of a workdir by their dotted names, whichever treerl made it."""
+    return dict(fields(_read(workdir)[1]))
+
+
+def _read(workdir: str) -> tuple[int, dict]:
+    """(version, fields) in a workdir's config.json."""
+    path = epath.Path(workdir) / "config.json"
+    try:
+        found = json.loads(path.read_text())
+        return found.pop("version", 1), found  # runs before it was written are of the first
+    except OSError as error:
+        raise UserError(f"workdir={workdir} has no config.json; give the workdir of a run made by launch.train.") from error
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is damaged; give another --workdir, or put the run's own config there.") from error
 
 
 def write_config(workdir: str, config: ConfigDict) -> None:
-    """Writes config.json into a workdir, made if missing; all of it or nothing."""
-    write_text(epath.Path(workdir) / "config.json", config.to_json_best_effort(indent=2))
+    """Writes config.json, with the version of its fields, into a workdir, made if missing; all of it or nothing."""
+    written = dict(version=VERSION) | json.loads(config.to_json_best_effort())
+    write_text(epath.Path(workdir) / "config.json", json.dumps(written, indent=2))

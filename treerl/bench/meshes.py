@@ -25,7 +25,7 @@ from treerl.bench.devices import compare
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WIDE = ("model.heads=8", "model.kv_heads=8")  # for more devices along tensor
-UNLIKE = ("seconds", "bins")  # metrics that are a machine's, or a shard's
+UNLIKE = ("seconds", "tokens_per_second", "bins")  # metrics that are a machine's, or a shard's
 
 
 def defaults() -> dict:
