@@ -42,8 +42,8 @@ setup(
         "gcs": ["gcsfs"],  # workdirs on gs://
         "gym": ["reasoning-gym"],  # a hundred text tasks
         "textworld": ["textworld"],  # text adventures; builds a part in C
-        "test": ["pytest", "pytest-xdist", "reasoning-gym", "gcsfs", "gcp-storage-emulator"],
+        "test": ["pytest", "pytest-xdist", "nbclient", "ipykernel", "reasoning-gym", "gcsfs", "gcp-storage-emulator"],
         "peers": ["google-tunix", "torch", "transformers", "peft"],  # measured beside treerl by launch.bench
-        "notebooks": ["jupyter", "nbconvert", "ipykernel"],
+        "notebooks": ["jupyter"],
     },
 )

@@ -265,17 +265,24 @@ class Experiment:
             scores[f"weighted@{n}"] = elected(weighted_vote(found["answer"], found["score"], found["valid"]))
         return scores
 
-    def grow(self, state, examples: list[dict], *, step: int, seed: int = 0) -> Grown:
+    def grow(self, state, examples: list[dict], *, step: int, seed: int = 0, knobs: dict | None = None) -> Grown:
         """Grows and grades a tree for each example by the run's own rules, as they are at `step`.
 
         An example's place in the list is part of its random key; the number of devices is not.
+
+        Args:
+          knobs: numbers in place of the config's, by the names in `self.knobs`: {"tau_abs": 0.01}. Nothing is compiled for them.
         """
+        if unknown := set(knobs or ()) - set(self.knobs):
+            raise UserError(f"knobs has no {min(unknown)!r}; known are {', '.join(self.knobs)}.")
+        given = {name: np.asarray(x, self.knobs[name].dtype) for name, x in (knobs or {}).items()}
+        numbers = self.knobs | sharding.place(given, sharding.replicated(self.mesh))
         shards = sharding.tree_shards(self.mesh)
         index = np.arange(-(-len(examples) // shards) * shards)  # repeats fill the last shard
         prompts = self.prompts([examples[i % len(examples)] for i in index], index)
-        sampled = self._grow(state, prompts, jax.random.key(seed), jnp.int32(step), self.knobs)
+        sampled = self._grow(state, prompts, jax.random.key(seed), jnp.int32(step), numbers)
         graded = self.grade(sampled.tree, prompts)
-        found = self._credit(state, sampled, graded, self.knobs)
+        found = self._credit(state, sampled, graded, numbers)
         stats, read = sampled.stats, sampled.prompts
         every = self._gather(Grown(sampled.tree, graded.reward, found, stats.forks, stats.pruned, read.token, read.length))
         return jax.tree.map(lambda x: x[: len(examples)], jax.device_get(every))
@@ -308,9 +315,18 @@ class Experiment:
 
     def tree_text(self, grown: Grown, i: int) -> str:
         """Tree i as text: its forks and its leaves."""
-        view = dict(reward=grown.reward[i], advantage=grown.advantage[i], right=self.task.right)
-        tree, decode = jax.tree.map(lambda x: x[i], grown.tree), self.task.tokenizer.decode
+        tree, decode, view = self._view(grown, i)
         return draw.format_tree(tree, decode, **view) + "\n\n" + draw.format_leaves(tree, decode, **view)
+
+    def tree_page(self, grown: Grown, i: int, **more) -> draw.Page:
+        """Tree i as a page to walk about in; `more` is what else `draw.explore_tree` takes."""
+        tree, decode, view = self._view(grown, i)
+        return draw.explore_tree(tree, decode, prompt=self.read_text(grown, i), **view, **more)
+
+    def _view(self, grown: Grown, i: int):
+        """What pictures of tree i take: it, how to read tokens, and keyword arguments."""
+        view = dict(reward=grown.reward[i], advantage=grown.advantage[i], right=self.task.right)
+        return jax.tree.map(lambda x: x[i], grown.tree), self.task.tokenizer.decode, view
 
 
 def named(split: str, scores: dict) -> dict:
