@@ -43,8 +43,8 @@ setup(
         "gym": ["reasoning-gym"],  # a hundred text tasks
         "textworld": ["textworld"],  # text adventures; builds a part in C
         "wandb": ["wandb"],  # metrics to Weights & Biases
-        "test": ["pytest", "pytest-xdist", "reasoning-gym", "wandb", "gcsfs", "gcp-storage-emulator"],
+        "test": ["pytest", "pytest-xdist", "nbclient", "ipykernel", "reasoning-gym", "wandb", "gcsfs", "gcp-storage-emulator"],
         "peers": ["google-tunix", "torch", "transformers", "peft"],  # measured beside treerl by launch.bench
-        "notebooks": ["jupyter", "nbconvert", "ipykernel"],
+        "notebooks": ["jupyter"],
     },
 )

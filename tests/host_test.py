@@ -16,7 +16,8 @@ import pytest
 from ml_collections import ConfigDict
 
 import sample_graders
-from sharding_test import on_eight_devices, quick_compiles
+from draw_test import data_of
+from sharding_test import compile_events, on_eight_devices, quick_compiles
 from treerl import functions, rewards
 from treerl import tree as T
 from treerl.config import default
@@ -235,6 +236,31 @@ def lines(tokenizer, texts: list[str], rows: int) -> T.Tree:
     token = np.stack([np.pad(i, (0, rows - len(i))) for i in ids], axis=1)
     ends = np.array([[len(i) - 1, k] for k, i in enumerate(ids)])
     return jax.vmap(lambda token: T.from_parents(np.tile(np.arange(len(ids)), (rows, 1)), used, ends, token=token))(token[None])
+
+
+# --- trees to look at ----------------------------------------------------------------------------
+
+
+def test_other_numbers_grow_other_trees_and_compile_nothing(runs):
+    experiment, _ = runs["split"]
+    state, examples = experiment.init(0), [experiment.task.heldout[0]] * 4
+    grow = lambda **knobs: experiment.grow(state, examples, step=0, knobs=knobs)
+    same = grow()
+    with compile_events() as events:
+        none, again = grow(tau_abs=2), grow(tau_abs=0.005, tau_ed=0.6)  # an integer is no other type
+    assert same.forks.min() > 0 and not none.forks.any() and events == [], events
+    jax.tree.map(np.testing.assert_array_equal, again, same)
+    with pytest.raises(UserError, match="^knobs has no 'tau'; known are .*tau_abs, "):
+        grow(tau=1.0)
+
+
+def test_a_page_shows_a_tree_and_what_was_read_before_it(runs):
+    experiment, _ = runs["split"]
+    grown = experiment.grow(experiment.init(0), [experiment.task.heldout[i] for i in (0, 1)], step=0)
+    shown = data_of(experiment.tree_page(grown, 1, title="one", columns={"zero": np.zeros(grown.advantage.shape[1:])}))
+    assert shown["prompt"] == experiment.read_text(grown, 1) != experiment.read_text(grown, 0)
+    assert shown["title"] == "one" and set(shown["columns"]) == {"advantage", "entropy", "probability", "zero"}
+    assert sum(end["leaf"] for end in shown["ends"]) == np.sum(grown.tree.leaf[1, :, 0] >= 0)
 
 
 @pytest.mark.parametrize("how", ["split", "callback"])

@@ -267,22 +267,29 @@ class Experiment:
             scores[f"weighted@{n}"] = elected(weighted_vote(found["answer"], found["score"], found["valid"]))
         return scores
 
-    def grow(self, state, examples: list[dict], *, step: int, seed: int = 0, candidates: bool = False) -> Grown:
+    def grow(
+        self, state, examples: list[dict], *, step: int, seed: int = 0, knobs: dict | None = None, candidates: bool = False
+    ) -> Grown:
         """Grows and grades a tree for each example by the run's own rules, as they are at `step`.
 
         An example's place in the list is part of its random key; the number of devices is not.
 
         Args:
+          knobs: numbers in place of the config's, by the names in `self.knobs`: {"tau_abs": 0.01}. Nothing is compiled for them.
           candidates: also ask the policy what else it might have drawn; not of agents that read a fresh prompt every turn.
         """
+        if unknown := set(knobs or ()) - set(self.knobs):
+            raise UserError(f"knobs has no {min(unknown)!r}; known are {', '.join(self.knobs)}.")
+        given = {name: np.asarray(x, self.knobs[name].dtype) for name, x in (knobs or {}).items()}
+        numbers = self.knobs | sharding.place(given, sharding.replicated(self.mesh))
         shards = sharding.tree_shards(self.mesh)
         index = np.arange(-(-len(examples) // shards) * shards)  # repeats fill the last shard
         prompts = self.prompts([examples[i % len(examples)] for i in index], index)
-        sampled = self._grow(state, prompts, jax.random.key(seed), jnp.int32(step), self.knobs)
+        sampled = self._grow(state, prompts, jax.random.key(seed), jnp.int32(step), numbers)
         graded = self.grade(sampled.tree, prompts)
-        found = self._credit(state, sampled, graded, self.knobs)
+        found = self._credit(state, sampled, graded, numbers)
         stats, read = sampled.stats, sampled.prompts
-        more = self._candidates(state, sampled, self.knobs) if candidates and sampled.contexts is None else None
+        more = self._candidates(state, sampled, numbers) if candidates and sampled.contexts is None else None
         every = self._gather(Grown(sampled.tree, graded.reward, found, stats.forks, stats.pruned, read.token, read.length, more))
         return jax.tree.map(lambda x: x[: len(examples)], jax.device_get(every))
 
@@ -312,22 +319,26 @@ class Experiment:
         """What the model read before tree i."""
         return self.task.tokenizer.decode_prompt(grown.prompt[i, : grown.length[i]])
 
-    def explore(self, grown: Grown, i: int, **options) -> draw.Page:
-        """Tree i as a page to explore, see `draw.explore_tree`, which takes the options."""
-        tree, possible = jax.tree.map(lambda x: x[i], grown.tree), {}
+    def tree_text(self, grown: Grown, i: int) -> str:
+        """Tree i as text: its forks and its leaves."""
+        tree, decode, view = self._view(grown, i)
+        return draw.format_tree(tree, decode, **view) + "\n\n" + draw.format_leaves(tree, decode, **view)
+
+    def tree_page(self, grown: Grown, i: int, **more) -> draw.Page:
+        """Tree i as a page to walk about in; `more` is what else `draw.explore_tree` takes."""
+        tree, decode, view = self._view(grown, i)
+        possible = {}  # after a token, or the prompt
         if grown.candidates is not None:
             tokens, chances = (x[i] for x in grown.candidates)
             for s, k in zip(*np.nonzero(chances[..., 0] > 0)):
                 above = None if s == 0 else (int(s) - 1, int(tree.parent[s, k]))
                 possible[above] = list(zip(tokens[s, k].tolist(), chances[s, k].tolist()))
-        view = dict(reward=grown.reward[i], advantage=grown.advantage[i], right=self.task.right, prompt=self.read_text(grown, i))
-        return draw.explore_tree(tree, self.task.tokenizer.decode, **view | dict(candidates=possible) | options)
+        return draw.explore_tree(tree, decode, prompt=self.read_text(grown, i), candidates=possible, **view, **more)
 
-    def tree_text(self, grown: Grown, i: int) -> str:
-        """Tree i as text: its forks and its leaves."""
+    def _view(self, grown: Grown, i: int):
+        """What pictures of tree i take: it, how to read tokens, and keyword arguments."""
         view = dict(reward=grown.reward[i], advantage=grown.advantage[i], right=self.task.right)
-        tree, decode = jax.tree.map(lambda x: x[i], grown.tree), self.task.tokenizer.decode
-        return draw.format_tree(tree, decode, **view) + "\n\n" + draw.format_leaves(tree, decode, **view)
+        return jax.tree.map(lambda x: x[i], grown.tree), self.task.tokenizer.decode, view
 
 
 def named(split: str, scores: dict) -> dict:

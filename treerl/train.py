@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -43,7 +44,10 @@ def compile_step(experiment: Experiment, tell: bool) -> None:
     profiling.check_memory(plan)
 
 
-def train(config: ConfigDict, workdir: str, progress: bool = True, profile: tuple[int, int] | None = None) -> dict:
+def train(
+    config: ConfigDict, workdir: str, progress: bool = True, profile: tuple[int, int] | None = None,
+    watch: Callable[[dict], None] = lambda line: None,
+) -> dict:  # fmt: skip
     """Runs an experiment to its end, from its last checkpoint if there is one.
 
     Writes config.json, metrics.jsonl, samples.jsonl, tensorboard/, wandb/ where asked for, checkpoints/ and report.html into workdir, and
@@ -53,6 +57,9 @@ def train(config: ConfigDict, workdir: str, progress: bool = True, profile: tupl
     came again counted once. With `profile`, (first, last), traces those steps into profile/.
     Called again after its end, it writes the report again. Of several processes each calls this, with a workdir that
     all of them see; the first writes.
+
+    After each step the process that writes the files calls `watch` with the step's line of metrics.jsonl: to draw curves in
+    a notebook, or to log elsewhere.
 
     The first SIGINT or SIGTERM, in whichever process, lets the update under way end and saves a checkpoint: an evaluation
     is cut short and done again, and so is a step whose answers are still being graded on the host.
@@ -64,10 +71,10 @@ def train(config: ConfigDict, workdir: str, progress: bool = True, profile: tupl
       Interrupted: by a signal, after saving. Diverged: too many updates in a row were skipped.
     """
     with Signals() as signals, profiling.out_of_memory(), contextlib.ExitStack() as stack:
-        return _train(config, workdir, progress and processes.is_first(), profile, signals, stack)
+        return _train(config, workdir, progress and processes.is_first(), profile, watch, signals, stack)
 
 
-def _train(config: ConfigDict, workdir: str, progress: bool, profile, signals: Signals, stack) -> dict:
+def _train(config: ConfigDict, workdir: str, progress: bool, profile, watch, signals: Signals, stack) -> dict:
     begin = time.monotonic()
     processes.check_same(dict(fields(json.loads(config.to_json_best_effort())), workdir=str(workdir)))
     with signals.nothing_to_lose("stopped before the first step; the same command starts again."):
@@ -96,7 +103,7 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, signals: S
             checkpoints.save(0, state, extra=extra, metric=extra["before"]["pass@1"])
             checkpoints.wait()
         warm_start.forget(workdir)
-        run = Run(experiment, workdir, checkpoints, signals, state, extra, begin, progress)
+        run = Run(experiment, workdir, checkpoints, signals, state, extra, begin, progress, watch)
         del state, restored  # donated to the next step
         with run.files(), profiling.Trace(os.path.join(workdir, "profile"), profile if processes.is_first() else None, run.done) as trace:
             run.resume()
@@ -151,12 +158,12 @@ def begin_run(experiment: Experiment, workdir: str, progress: bool, signals: Sig
 class Run:
     """A run between two steps: its state, how many steps are done, and where its numbers go."""
 
-    def __init__(self, experiment: Experiment, workdir: str, checkpoints, signals: Signals, state, extra: dict, begin: float, progress: bool):
+    def __init__(self, experiment: Experiment, workdir: str, checkpoints, signals: Signals, state, extra: dict, begin: float, progress: bool, watch):
         self.experiment, self.workdir, self.checkpoints, self.signals = experiment, workdir, checkpoints, signals
         self.state, self.extra, self.begin = state, extra, begin
         self.done, self.position = int(state.step), int(state.position)
         self._stream, self._prompts, self._watchdog, self._faults = experiment.stream(), None, Watchdog(), {}
-        self._wandb, self._show = None, progress
+        self._wandb, self._show, self._watch = None, progress, watch
 
     @contextlib.contextmanager
     def files(self):
@@ -244,6 +251,7 @@ class Run:
         if processes.is_first():
             self._metrics.write(number, values)
             self._events.write(number, events.grouped(values))
+            self._watch(dict(step=number, **values))
             if self._wandb:
                 self._wandb.write(number, values)
         accuracy = self.extra.get("after", self.extra["before"])["pass@1"]
@@ -307,5 +315,5 @@ def example_trees(experiment: Experiment, state, picks: list[int] | None = None,
     for i in picks:
         caption = f"{right[i]} of {valid[i].sum()} leaves right; forks: {grown.forks[i]}; pruned: {grown.pruned[i]}."
         text = experiment.read_text(grown, i) + "\n" + experiment.tree_text(grown, i)
-        trees.append(dict(index=i, caption=caption, page=str(experiment.explore(grown, i)), text=text))
+        trees.append(dict(index=i, caption=caption, page=str(experiment.tree_page(grown, i)), text=text))
     return picks, trees
