@@ -191,6 +191,15 @@ def test_the_server_knows_which_steps_it_has(wandb, tmp_path):
     assert len({asked["id"] for asked in wandb.asked}) == 1 and wandb.ended == [0, 0, 0]
 
 
+def test_a_killed_run_had_noted_every_step(wandb, tmp_path):
+    """Nothing is closed: without a server to ask, the next process knows all the same what was sent."""
+    send(events.WandbRun("mine", str(tmp_path), {}, []), range(1, 8))
+    with events.WandbRun("mine", str(tmp_path), {}, lines(range(1, 6))) as run:
+        send(run, range(6, 10), own=1.0)
+    assert [step for step, _ in wandb.sent] == list(range(1, 10))
+    assert wandb.sent[6][1]["reward"] == 7 / 3 and wandb.sent[7][1]["reward"] == 8 / 3 + 1.0
+
+
 def test_without_a_network_the_run_goes_on(wandb, tmp_path, capsys):
     wandb.fails = {"init online"}
     with events.WandbRun("mine", str(tmp_path), {}, []) as run:
