@@ -332,6 +332,12 @@ def test_a_shared_warm_start_is_that_of_the_first_seed():
     assert not np.array_equal(alike.key[0], alike.key[1])
 
 
+def test_seeds_in_one_program_have_no_wandb(tmp_path):
+    with pytest.raises(UserError, match="write metrics.jsonl alone; set wandb='', or use launch.sweep."):
+        seeds.train(small(wandb="mine"), str(tmp_path / "run"), 2, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_seeds_go_on_after_a_stop(two, tmp_path, monkeypatch):
     """After a signal, which saves, and after an end without one."""
     folder, found = two

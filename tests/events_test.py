@@ -107,7 +107,7 @@ def send(run, steps, own=0.0) -> None:
 
 def test_wandb_itself_takes_each_step_once(tmp_path, monkeypatch):
     """Offline: a run that goes on from step 5 after it had sent 7, and one that asks for W&B from step 4 on."""
-    pytest.importorskip("wandb", reason="its own files are read where the package is installed, of the extra `test`")
+    wandb = pytest.importorskip("wandb", reason="its own files are read where the package is installed, of the extra `test`")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_CONSOLE", "off")
     for folder, first in (("run", []), ("late", lines(range(1, 4)))):
@@ -115,8 +115,10 @@ def test_wandb_itself_takes_each_step_once(tmp_path, monkeypatch):
         workdir.mkdir()
         with events.WandbRun("mine", str(workdir), dict(sampler=dict(slots=8)), first) as run:
             send(run, range(len(first) + 1, 8))
+        wandb.teardown()  # as a process ends: W&B's own closes the file only then
         with events.WandbRun("mine", str(workdir), {}, lines(range(1, 6))) as run:
             send(run, range(6, 10), own=1.0)
+        wandb.teardown()
         files = sorted(workdir.glob("wandb/offline-run-*/run-*.wandb"))
         name = json.loads((workdir / "wandb/run.json").read_text())["id"]
         assert [file.name for file in files] == [f"run-{name}.wandb"] * 2
@@ -187,6 +189,15 @@ def test_the_server_knows_which_steps_it_has(wandb, tmp_path):
             send(run, range(6, 8))
         assert [step for step, _ in wandb.sent] == wanted
     assert len({asked["id"] for asked in wandb.asked}) == 1 and wandb.ended == [0, 0, 0]
+
+
+def test_a_killed_run_had_noted_every_step(wandb, tmp_path):
+    """Nothing is closed: without a server to ask, the next process knows all the same what was sent."""
+    send(events.WandbRun("mine", str(tmp_path), {}, []), range(1, 8))
+    with events.WandbRun("mine", str(tmp_path), {}, lines(range(1, 6))) as run:
+        send(run, range(6, 10), own=1.0)
+    assert [step for step, _ in wandb.sent] == list(range(1, 10))
+    assert wandb.sent[6][1]["reward"] == 7 / 3 and wandb.sent[7][1]["reward"] == 8 / 3 + 1.0
 
 
 def test_without_a_network_the_run_goes_on(wandb, tmp_path, capsys):
