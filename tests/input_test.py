@@ -15,7 +15,7 @@ import pytest
 
 from events_test import Wandb
 from treerl import config as C
-from treerl import branching, metrics, profiling, pruning, sharding, tasks, train
+from treerl import branching, metrics, profiling, pruning, report, sharding, tasks, train
 from treerl.advantages import ESTIMATORS, leaf_estimators
 from treerl.checkpoint import Checkpoints
 from treerl.config import default
@@ -428,7 +428,8 @@ class Quick(Experiment):
 def quick(monkeypatch, data, tmp_path):
     """quick(**changes) trains in tmp_path/run."""
     monkeypatch.setattr(train, "Experiment", Quick)
-    monkeypatch.setattr(train, "write_report", lambda *_: None)
+    monkeypatch.setattr(train, "example_trees", lambda *_: ([], []))
+    monkeypatch.setattr(report, "write_report", lambda *_: None)
     return lambda **changes: train.train(small(data, **changes), str(tmp_path / "run"), progress=False)
 
 
@@ -471,7 +472,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint(last_good, quick, disk, tmp_pa
     monkeypatch.setattr(Quick, "before_step", staticmethod(started.append))
     assert quick()["steps"] == STEPS
     assert started == list(range(last_good + 1, STEPS + 1))
-    assert [line["step"] for line in metrics.read(workdir / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in metrics.read(workdir / "metrics.jsonl")] == list(range(STEPS + 1))
     assert str(STEPS) in {p.name for p in (workdir / "checkpoints").iterdir()}
 
 
@@ -480,8 +481,8 @@ import resource, sys
 sys.path.insert(0, "tests")
 import input_test
 from launch import entry, train as launched
-from treerl import train
-train.Experiment, train.write_report = input_test.Quick, lambda *_: None
+from treerl import report, train
+train.Experiment, train.example_trees, report.write_report = input_test.Quick, lambda *_: ([], []), lambda *_: None
 limit = lambda number: number == 7 and resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 input_test.Quick.before_step = staticmethod(limit)
 entry.run(launched.main)
@@ -508,7 +509,7 @@ def test_a_disk_that_is_full_for_other_files(name, quick, tmp_path):
     else:
 
         def begin(self, path, resume_step):
-            self._file = open("/dev/full", "a")
+            self._file, self.empty = open("/dev/full", "a"), True
 
         patch.setattr(metrics.MetricsFile, "__init__", begin)
     try:
@@ -546,7 +547,8 @@ def finished(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Experiment", Quick)
-        patch.setattr(train, "write_report", lambda *_: None)
+        patch.setattr(train, "example_trees", lambda *_: ([], []))
+        patch.setattr(report, "write_report", lambda *_: None)
         train.train(small(data, steps=4), str(workdir), progress=False)
     return workdir
 
@@ -589,12 +591,12 @@ def test_wandb_gets_the_lines_of_a_run(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(Quick, "before_step", staticmethod(crash))
     with pytest.raises(KeyboardInterrupt):
         quick(wandb="mine", **constant)
-    assert wandb.ended == [1] and [step for step, _ in wandb.sent] == [1, 2, 3, 4, 5, 6, 7]
+    assert wandb.ended == [1] and [step for step, _ in wandb.sent] == [0, 1, 2, 3, 4, 5, 6, 7]
     started = []
     monkeypatch.setattr(Quick, "before_step", staticmethod(started.append))
     quick(wandb="mine", **constant)
     assert started[0] == 7 and wandb.ended == [1, 0]
-    assert [step for step, _ in wandb.sent] == list(range(1, STEPS + 1))
+    assert [step for step, _ in wandb.sent] == list(range(STEPS + 1))
     lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
     alike = [(line["step"], {k: v for k, v in line.items() if k != "step"}) for line in lines if line["step"] != 7]
     assert [x for x in wandb.sent if x[0] != 7] == alike and {x for x in wandb.sent[-1][1]} >= {"reward", "tokens_per_second", "pass@1"}

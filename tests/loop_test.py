@@ -70,7 +70,7 @@ def train(folder, name, workdir=None, **changes) -> subprocess.Popen:
 
 
 def story(workdir) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in metrics.read(workdir / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in metrics.read(workdir / "metrics.jsonl") if line["step"]]
 
 
 @pytest.fixture(scope="module")

@@ -190,7 +190,7 @@ def test_a_tpu_vm_is_left_to_jax(monkeypatch):
 
 
 def story(workdir: pathlib.Path, name="metrics.jsonl") -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in metrics.read(workdir / name)]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in metrics.read(workdir / name) if line["step"]]
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +250,8 @@ def test_two_processes_write_the_files_of_one(whole):
     assert "{" not in output[1] and (folder / "end.1.log").read_text() == ""
     assert_close(story(folder / "end"), story(folder / "one"))
     assert story(folder / "end", "samples.jsonl") == story(folder / "one", "samples.jsonl")
+    where = lambda name: [(tree["step"], tree["index"]) for tree in metrics.read(folder / name / "trees.jsonl")]
+    assert where("end") == where("one") and [line["processes"] for line in metrics.read(folder / "end/starts.jsonl")] == [1, 2]
     for name in ("report.html", "tensorboard"):
         assert (folder / "end" / name).stat().st_mtime > (folder / "one" / name).stat().st_mtime
     assert len(list((folder / "end/tensorboard").glob("events*"))) == 2

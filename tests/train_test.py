@@ -90,7 +90,8 @@ def finish(run: subprocess.Popen, log: pathlib.Path) -> dict:
 
 
 def steps_written(path: pathlib.Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    """Lines of metrics.jsonl but for line 0."""
+    return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
 
 
 def half_written(workdir: pathlib.Path) -> list[str]:
@@ -155,8 +156,9 @@ def runs(tmp_path_factory):
 
 
 def story(workdir: pathlib.Path) -> list[dict]:
-    """The lines of metrics.jsonl without their times."""
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in metrics.read(workdir / "metrics.jsonl")]
+    """The lines of metrics.jsonl but for line 0, without their times."""
+    lines = metrics.read(workdir / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines if line["step"]]
 
 
 def test_the_run_was_killed_at_all_kinds_of_moments(runs):
@@ -178,6 +180,9 @@ def test_a_killed_run_repeats_the_same_numbers(runs):
     """Bit for bit: metrics keep every bit of a float."""
     killed, whole = story(runs["folder"] / "killed"), story(runs["folder"] / "whole")
     assert [line["step"] for line in killed] == list(range(1, STEPS + 1))
+    [first] = [line for line in metrics.read(runs["folder"] / "killed/metrics.jsonl") if line["step"] == 0]
+    assert first == {"step": 0} | {name.removesuffix("_before"): x for name, x in runs["whole"].items() if name.endswith("before")} | first
+    assert first == metrics.read(runs["folder"] / "whole/metrics.jsonl")[0] and "reward" not in first
     for mine, wanted in zip(killed, whole, strict=True):
         assert mine == wanted
 
@@ -276,7 +281,11 @@ def test_summary(runs):
 
 def test_report(runs):
     page = (runs["folder"] / "killed" / "report.html").read_text()
-    assert page.count("<iframe srcdoc=") == 4 and page.count("leaves right; forks: ") == 4
+    assert page.count("<iframe srcdoc=") == 8 and page.count("leaves right; forks: ") == 8
+    trees = metrics.read(runs["folder"] / "killed/trees.jsonl")
+    assert [(tree["step"], tree["index"]) for tree in trees[4:]] == [(STEPS, tree["index"]) for tree in trees[:4]]
+    assert {tree["step"] for tree in trees[:4]} == {0} and len({tree["index"] for tree in trees}) == 4
+    assert trees == metrics.read(runs["folder"] / "whole/trees.jsonl")
     assert "Before and after" in page and "<th>before</th><th>after</th>" in page
     for name in ("pass@1", "pass@3"):
         before, after = (f"<td>{runs['summary'][f'{name}_{moment}']:.4g}</td>" for moment in ("before", "after"))
@@ -292,6 +301,7 @@ def test_only_what_the_design_names_is_written(runs):
     names = {p.name for p in (runs["folder"] / "killed").iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "checkpoints.json", "report.html",
+        "warm_start.jsonl", "trees.jsonl", "starts.jsonl",
     }  # fmt: skip
     assert not list((runs["folder"] / "killed").rglob("*tmp*"))
 

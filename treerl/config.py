@@ -12,7 +12,7 @@ from treerl.errors import UserError
 from treerl.options import fits
 
 VERSION = 1  # of config.json: raised, and ADDED emptied, when a field goes, changes its name or what it means
-ADDED = ("wandb",)  # fields since then, whose default means what was before: a config.json without them is complete
+ADDED = ("wandb", "branching.options")  # fields since then, whose default means what was before: a config.json without them is complete
 
 
 def default() -> ConfigDict:

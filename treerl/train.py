@@ -175,7 +175,8 @@ class Run:
                 told = self.done - ("unfinished" in self.extra)  # that step's line may be there, without its scores
                 self._metrics = stack.enter_context(metrics.MetricsFile(where("metrics.jsonl"), told))
                 self._samples = stack.enter_context(metrics.LinesFile(where("samples.jsonl"), self.done))
-                self._trees = stack.enter_context(metrics.LinesFile(where("trees.jsonl"), min(self.done, config.steps - 1)))
+                shown = -1 if self.done == 0 else min(self.done, config.steps - 1)  # trees of this moment are grown again
+                self._trees = stack.enter_context(metrics.LinesFile(where("trees.jsonl"), shown))
                 self._events = stack.enter_context(events.EventFile(where("tensorboard"), told))
                 with metrics.LinesFile(where("starts.jsonl"), self.done) as starts:
                     starts.append(dict(step=self.done, **versions()))
@@ -269,7 +270,7 @@ class Run:
 
     def show_trees(self, first: bool = False) -> None:
         """Trees of the same held-out examples before the first step and after the last, for the report; all processes grow them."""
-        if first and (self.done or "shown" in self.extra):
+        if first and self.done:
             return
         picks, trees = example_trees(self.experiment, self.state, self.extra.get("shown"))
         self.extra["shown"] = picks
