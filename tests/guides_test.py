@@ -38,8 +38,9 @@ def own_tests(diff: str) -> list[str]:
 def run(folder: pathlib.Path, *command: str, given: str = "") -> str:
     """Standard output of a command that ends well in a copy of the repository."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") and name != "XLA_FLAGS"}
-    changes = dict(PYTHONPATH=str(folder), JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1", GIT_CEILING_DIRECTORIES=str(folder.parent))
-    found = subprocess.run(command, cwd=folder, env=environment | changes, input=given, capture_output=True, text=True, timeout=600)
+    environment |= dict(PYTHONPATH=str(folder), JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    environment |= dict(GIT_CEILING_DIRECTORIES=str(folder.parent))  # the copy is no part of a repository
+    found = subprocess.run(command, cwd=folder, env=environment, input=given, capture_output=True, text=True, timeout=600)
     assert found.returncode == 0, (found.stdout + found.stderr)[-4000:]
     return found.stdout
 
