@@ -8,9 +8,7 @@ setup(
     description="Reinforcement learning of language models with tree rollouts, in JAX",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(
-        include=["treerl", "treerl.*", "launch", "launch.*", "experiments", "experiments.*"]
-    ),
+    packages=find_packages(include=["treerl", "treerl.*", "launch", "launch.*", "experiments", "experiments.*"]),
     package_data={"treerl.draw": ["page.html"]},
     install_requires=[
         "jax>=0.10,<0.13",
@@ -43,7 +41,17 @@ setup(
         "gym": ["reasoning-gym"],  # a hundred text tasks
         "textworld": ["textworld"],  # text adventures; builds a part in C
         "wandb": ["wandb"],  # metrics to Weights & Biases
-        "test": ["pytest", "pytest-xdist", "nbclient", "ipykernel", "reasoning-gym", "wandb", "gcsfs", "gcp-storage-emulator"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "ruff>=0.17,<0.18",
+            "nbclient",
+            "ipykernel",
+            "reasoning-gym",
+            "wandb",
+            "gcsfs",
+            "gcp-storage-emulator",
+        ],
         "peers": ["google-tunix", "torch", "transformers", "peft"],  # measured beside treerl by launch.bench
         "notebooks": ["jupyter"],
     },

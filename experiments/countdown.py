@@ -20,6 +20,7 @@ core of an x86-64 server each; before: pass@1 25.0, pass@8 70.6:
 
 A run of grpo drew 819,000 tokens in 400 steps, of the others 741,000 in 400 and 830,000 in 446.
 """
+
 from treerl.config import default, parse_arg
 from treerl.errors import UserError
 

@@ -31,6 +31,7 @@ Four seeds of one longer run, another warm start (16.2): gigpo 46.7 +- 2.0 after
 4.9 and 46.9 +- 5.4. 0.3 s a step and seed, one minute of compilation (with
 XLA_FLAGS=--xla_gpu_autotune_level=0, as the runs of eight seeds had), one and a half of warm start.
 """
+
 from treerl.config import default, parse_arg
 from treerl.errors import UserError
 

@@ -11,6 +11,7 @@ folder in Hugging Face's format, a .gguf file, or a name of the hub. `lora` trai
 which takes a third of the memory. Not measured here: it depends on your data; sizes are those that a 1.5B model
 trains with on one 80 GB GPU.
 """
+
 from ml_collections import ConfigDict
 
 from treerl.config import default, parse_arg

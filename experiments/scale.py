@@ -7,6 +7,7 @@ Random weights in the sizes of Qwen3-8B, or of the preset named; 64 trees of 8 l
 answers of 1,024; activations in bfloat16, parameters and Adam's moments in float32, spread over mesh.fsdp. The
 examples are Countdown's: the task plays no part in what a step takes.
 """
+
 from treerl.config import default, parse_arg
 
 

@@ -16,6 +16,7 @@ Credit of turns learns faster than that of episodes; which of hgpo and gigpo mak
 all stop gaining after some 20 steps; perhaps because 256 products can be known by heart, which does not carry over (not tested).
 All three runs side by side on one device took 400 s.
 """
+
 from treerl.config import default, parse_arg
 from treerl.errors import UserError
 

@@ -19,6 +19,7 @@ The two are the same within noise. Runs of grpo came first and compiled everythi
 the cache. smollm2_addition.svg has the curves. Sampler and learner differ in a token's log-prob by 0.013
 nats in the mean at the first step and by 0.026 at most later; the largest difference of one token was 2.7.
 """
+
 from ml_collections import ConfigDict
 
 from treerl.config import default, parse_arg

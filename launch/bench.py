@@ -5,6 +5,7 @@ python -m launch.bench --suite=sampler|learner|step|growth|estimators|pruning|de
 
 Prints one JSON object a line on standard output as each result comes, and writes them to FILE.
 """
+
 import contextlib
 import json
 import sys
@@ -14,9 +15,17 @@ from absl import flags
 from launch import entry
 from treerl.errors import UserError, writing
 
-_SUITE = flags.DEFINE_string("suite", None, "Suite to run: sampler, learner, step, growth, estimators, pruning, devices, scaling, checkpoint, meshes or environments.")
-_SHAPE = flags.DEFINE_list("shape", [], "Shapes that sampler, learner and step measure, see treerl/bench/shapes.py; A on an accelerator if none is given.")
-_PEERS = flags.DEFINE_bool("peers", True, "Measure what others offer, too, where their packages are installed: google-tunix, and transformers on torch.")
+_SUITE = flags.DEFINE_string(
+    "suite",
+    None,
+    "Suite to run: sampler, learner, step, growth, estimators, pruning, devices, scaling, checkpoint, meshes or environments.",
+)
+_SHAPE = flags.DEFINE_list(
+    "shape", [], "Shapes that sampler, learner and step measure, see treerl/bench/shapes.py; A on an accelerator if none is given."
+)
+_PEERS = flags.DEFINE_bool(
+    "peers", True, "Measure what others offer, too, where their packages are installed: google-tunix, and transformers on torch."
+)
 _OUT = flags.DEFINE_string("out", None, "File that also gets the lines.")
 flags.mark_flag_as_required("suite")
 

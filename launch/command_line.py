@@ -1,4 +1,5 @@
 """Command lines: parsed as absl does, but every mistake in one is a UserError."""
+
 import os
 import re
 
@@ -36,8 +37,7 @@ def _check_field(name: str) -> None:
     known = dict(fields(default()))
     if section := next((s for s in OPTIONS if name.startswith(s + ".")), None):
         option = name[len(section) + 1 :].partition(".")[0]
-        whole = f"--config.{section}=\"{{'{option}': VALUE}}\""
-        raise UserError(f"--config.{name} cannot be set alone; write {whole}.")
+        raise UserError(f"--config.{name} cannot be set alone; write --config.{section}=\"{{'{option}': VALUE}}\".")
     if name not in known and not any(field.startswith(name + ".") for field in known):
         raise unknown(name, known)
 

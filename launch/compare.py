@@ -6,6 +6,7 @@ python -m launch.compare --run=GRPO:runs/g0 --run=GRPO:runs/g1 --run=LATR:runs/l
 A row of curves for every metric, left at equal steps, right at equal sampled tokens. Means and 95% intervals (Student's t
 over the seeds) at the last step, and the last number of tokens, that every run reaches.
 """
+
 import itertools
 import json
 import os

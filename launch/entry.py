@@ -1,4 +1,5 @@
 """What the entry points share: several processes, and a user's mistake ends in one sentence, a bug in its traceback."""
+
 import logging as standard_logging
 import sys
 import traceback
@@ -7,7 +8,6 @@ from absl import app, flags, logging
 
 from launch.command_line import parse
 from treerl.errors import UserError
-
 
 _ADDRESS = flags.DEFINE_string(
     "coordinator_address", None,

@@ -6,6 +6,7 @@ Prints one JSON line on standard output: the checkpoint's step and unbiased pass
 4, ... up to the samples drawn for each example (evaluation.samples of the run's config). Examples
 are spread over the devices at hand, which need not be those of the run; also over several processes, as in launch.train.
 """
+
 import json
 
 from absl import flags

@@ -5,6 +5,7 @@ python -m launch.export --workdir=DIR --folder=NEW [--best] [--dtype=bfloat16]
 LoRA's changes are merged into the weights. Tokenizer, chat template and generation config are those of the
 published model that the run started from; a run with random weights has none of them.
 """
+
 from absl import flags
 
 from launch import entry

@@ -5,6 +5,7 @@ python -m launch.generate --workdir=DIR --prompt='3 5 2 7=23' [--best] [--seed=N
 The tree grows by the run's own rules (branching, pruning, temperature) and is graded and credited
 by its own grader and estimator. Prints the forks, then a line for every leaf.
 """
+
 from absl import flags
 
 from launch import entry

@@ -6,6 +6,7 @@ python -m launch.report --workdir=runs/a0 --workdir=runs/a1 --workdir=runs/b --o
 Runs that differ in nothing but their seeds are shown as their mean and its 95% interval (Student's t), and so are the seeds in a
 workdir of launch.seeds. Reads files alone: no model is loaded, and a run may still be going.
 """
+
 import os
 import sys
 

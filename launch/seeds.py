@@ -6,6 +6,7 @@ python -m launch.seeds --config=experiments/household.py:hgpo --workdir=DIR --co
 The seeds are config.seed, config.seed + 1, ... Prints one JSON line at the end: name -> [mean, half width of the 95%
 interval over the seeds]. DIR/seedN are runs for launch.compare. The same command goes on from the last checkpoint.
 """
+
 import json
 
 from absl import flags

@@ -11,6 +11,7 @@ see launch.compare.
 
 Exit status: 0; 1 if a run failed; 75 if none failed and some were stopped by a signal.
 """
+
 import json
 import sys
 

@@ -4,10 +4,10 @@ python -m launch.train --config=experiments/countdown.py[:arg] --workdir=DIR
     [--profile=FIRST:LAST] [--config.section.field=value ...]
 python -m launch.train --config=... --compile_only [--topology=v5e:8x8], or --help_config
 
-Prints one JSON line on standard output at the end; goes on from the last checkpoint in DIR. Exit status: 0 at the end; 75 after
-Ctrl-C or SIGTERM, with the step under way finished and saved, so that the same command goes on (a second Ctrl-C ends at once); 1
-with one sentence on standard error.
+Prints one JSON line on standard output at the end; goes on from the last checkpoint in DIR. Exit status: 0 at the end; 75 after Ctrl-C or
+SIGTERM, with the step under way finished and saved, so that the same command goes on (a second Ctrl-C ends at once); 1 with a sentence.
 """
+
 import json
 import signal
 import sys
@@ -29,8 +29,8 @@ _COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile a step, print 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs that need not be there, such as v5e:8x8: compile a step for them, and stop.")
 _HELP_CONFIG = flags.DEFINE_bool("help_config", False, "List every field of the experiment with its value and what it is for, and stop.")
 flags.mark_flag_as_required("config")
-_STOPS = ["workdir", "compile_only", "topology", "help_config"]
-flags.register_multi_flags_validator(_STOPS, lambda f: any(f.values()), "flag --workdir=None: missing")
+_ANY = ["workdir", "compile_only", "topology", "help_config"]
+flags.register_multi_flags_validator(_ANY, lambda f: any(f.values()), "flag --workdir=None: missing")
 
 
 def main():

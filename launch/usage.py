@@ -1,4 +1,5 @@
 """What --help prints."""
+
 import sys
 import textwrap
 

@@ -1,4 +1,5 @@
 """Slow, plain-Python truths of the estimators, by recursion over nodes in float64."""
+
 import math
 import statistics
 
@@ -67,7 +68,7 @@ def to_cells(tree, root, credit) -> np.ndarray:
     """Credit of nodes {id(node): A} as cells [S, K]: the mean over the leaves below of what their node has."""
     seen = {}
     for node in root.walk():
-        for leaf, cells in node.cells.items():
+        for cells in node.cells.values():
             for cell in cells:
                 seen.setdefault(cell, []).append(credit.get(id(node), 0.0))
     result = np.zeros(np.asarray(tree.token).shape)

@@ -1,4 +1,5 @@
 """Estimators against slow recursions, golden values and reductions."""
+
 import functools
 import inspect
 import pathlib
@@ -10,8 +11,7 @@ import numpy as np
 import oracles
 import pytest
 
-from treerl import advantages as A
-from treerl import tree as T
+from treerl import advantages as A, tree as T
 from treerl.advantages import branch_depthwise, gdro, grpo
 
 GRPO, DEPTHWISE = jax.jit(grpo), jax.jit(branch_depthwise)
@@ -355,9 +355,7 @@ def test_slots_can_change_places(name):
         move = lambda x: np.where(np.asarray(x) >= 0, where[np.asarray(x)], -1)
         leaf = np.asarray(tree.leaf)[order]
         cells = {k: v[:, order] for k, v in tree.items() if k not in ("leaf", "leaf_path", "parent", "turns")}
-        other = T.from_parents(
-            move(tree.parent)[:, order], cells.pop("used"), np.stack([leaf[:, 0], move(leaf[:, 1])], 1), **cells
-        )
+        other = T.from_parents(move(tree.parent)[:, order], cells.pop("used"), np.stack([leaf[:, 0], move(leaf[:, 1])], 1), **cells)
         want = np.asarray(estimator(tree, reward))[..., order]
         np.testing.assert_allclose(estimator(other, reward[order]), want, atol=1e-5)
 

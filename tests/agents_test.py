@@ -1,4 +1,5 @@
 """Agents from the config to the update: the step on the device, what is learnt from, evaluation, several seeds."""
+
 import functools
 import os
 import signal
@@ -8,14 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from ml_collections import ConfigDict
 from sharding_test import on_eight_devices
 
-from treerl import environments, metrics, reprompt, seeds, tasks
-from treerl import prompts as P
-from treerl import step as S
-from treerl import tree as T
+from treerl import environments, metrics, prompts as P, reprompt, seeds, step as S, tasks, tree as T
 from treerl.config import default
 from treerl.errors import UserError
 from treerl.experiment import Experiment
@@ -83,7 +80,7 @@ def test_sampler_and_learner_agree_on_episodes(name):
 
 def test_observations_have_no_weight_and_their_log_probs_do_not_matter():
     found, prompts, grown = sampled()
-    state, tree = found.init(0), grown.tree
+    tree = grown.tree
     told = np.asarray(tree.source) == T.ENVIRONMENT
     reward = jnp.asarray(np.random.default_rng(0).normal(size=tree.leaf.shape[:2]), jnp.float32)
     for credit in (reward, jnp.ones(tree.token.shape)):
@@ -228,7 +225,9 @@ MEMORIES = {
     "full": dict(mesh__data=4, mesh__fsdp=2),
     "reprompt": dict(mesh__data=4, mesh__tensor=2, environment__memory="reprompt", environment__window=1, branching__rule="stochastic"),
 }  # fmt: skip
-SPREAD = dict(sampler__prompts=8, sampler__answer_length=32, environment__horizon=4, model__kv_heads=2, evaluation__examples=8, evaluation__batch=8)
+SPREAD = dict(
+    sampler__prompts=8, sampler__answer_length=32, environment__horizon=4, model__kv_heads=2, evaluation__examples=8, evaluation__batch=8
+)
 
 
 def spread(memory, **changes) -> dict[str, np.ndarray]:
@@ -278,7 +277,7 @@ def test_a_run_is_evaluated_on_both_distributions(tmp_path):
     config, watched = small(steps=2, evaluation__every=1), []
     summary = train(config, str(tmp_path), progress=False, watch=watched.append)
     lines = metrics.read(tmp_path / "metrics.jsonl")
-    assert watched == lines[1:] and lines[0]['step'] == 0
+    assert watched == lines[1:] and lines[0]["step"] == 0
     assert {"pass@1", "pass@2", "heldout/reward", "novel/pass@1", "novel/pass@2", "novel/reward", "turns", "invalid"} <= set(lines[-1])
     assert not any("majority" in name for name in lines[-1]) and summary["steps"] == 2
     page = (tmp_path / "report.html").read_text()
@@ -376,8 +375,10 @@ def test_seeds_go_on_after_a_stop(two, tmp_path, monkeypatch):
         (lambda: Experiment(small(environment__anchor="place")), "environment.anchor='place' cannot work"),
         (lambda: Experiment(small(environment__memory="none")), "environment.memory='none' cannot work"),
         (lambda: Experiment(small(environment__memory="reprompt")), "set branching.rule=stochastic"),
-        (lambda: Experiment(small(environment__memory="reprompt", branching__rule="stochastic", advantage__name="minimum_variance")),
-         "advantage.name=minimum_variance takes gradients of whole rollouts"),
+        (
+            lambda: Experiment(small(environment__memory="reprompt", branching__rule="stochastic", advantage__name="minimum_variance")),
+            "advantage.name=minimum_variance takes gradients of whole rollouts",
+        ),
         (lambda: Experiment(small(advantage__name="grpo", learner__objective="gspo")), "learner.objective=gspo counts every token"),
         (lambda: Experiment(small(branching__at="word")), "branching.at='word' cannot work"),
         (lambda: Experiment(small(learner__bin_tokens=60)), "first observation"),

@@ -1,4 +1,5 @@
 """Attention over the pool, against a walk along every path, and within bins, against every query by itself."""
+
 import functools
 import re
 
@@ -86,7 +87,16 @@ def test_kernels_equal_a_walk_along_the_path(name, used):
 
 
 @pytest.mark.parametrize(
-    "sizes", [dict(own=1), dict(own=20, slots=8), dict(slots=35, group=2), dict(group=1, heads=3), dict(slots=12, group=8, prompt=150), dict(size=32, heads=1)], ids=str
+    "sizes",
+    [
+        dict(own=1),
+        dict(own=20, slots=8),
+        dict(slots=35, group=2),
+        dict(group=1, heads=3),
+        dict(slots=12, group=8, prompt=150),
+        dict(size=32, heads=1),
+    ],
+    ids=str,
 )
 def test_the_kernel_takes_all_head_layouts_and_more_lines_than_bits(sizes):
     given = inputs(7, **sizes)
@@ -135,7 +145,7 @@ def test_bfloat16_kernel_is_as_close_as_bfloat16_allows():
 
 def test_the_kernel_sees_a_head_as_it_is_stored():
     qkv, cache, tree = inputs(1)
-    half = *(x.astype(jnp.bfloat16) for x in cache),
+    half = (*(x.astype(jnp.bfloat16) for x in cache),)
     dense, fused = (attend(form, qkv, half, tree) for form in (attention.dense, attention.fused))
     np.testing.assert_allclose(fused[0], dense[0], atol=2e-2)
     jax.tree.map(np.testing.assert_array_equal, fused[1], dense[1])
@@ -301,7 +311,9 @@ def test_rows_of_prompts_go_through_the_kernel_too(window):
     assert_near([kernel[0] * real, *kernel[1:]], [rows[0] * real, *rows[1:]], 1e-5)
 
 
-@pytest.mark.parametrize("within", [lambda size: attention.packed(jnp.full((1, size), size)), lambda size: attention.causal(jnp.array([size]))])
+@pytest.mark.parametrize(
+    "within", [lambda size: attention.packed(jnp.full((1, size), size)), lambda size: attention.causal(jnp.array([size]))]
+)
 def test_how_bins_are_attended_is_chosen(monkeypatch, within):
     """Half precision of sizes that fit on a GPU by the kernel; the rest by XLA."""
     used = []

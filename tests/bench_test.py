@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from treerl import tree as T
-from treerl import sharding
+from treerl import sharding, tree as T
 from treerl.bench import SHAPED, SHAPES, SUITES, devices, estimators, growth, learner, measure, pruning, sampler, step, synthetic
 from treerl.models.presets import PRESETS
 from treerl.models.transformer import Model
@@ -311,7 +310,7 @@ def test_turns_run_backwards_every_second_time():
     order = []
     programs = {name: lambda name=name: order.append(name) or jnp.zeros(()) for name in "abc"}
     times = measure.alternate(programs, repeats=2, warmup=1)
-    assert "".join(order) == "abc" "cba" "abc"
+    assert "".join(order) == "abccbaabc"
     assert all(len(t.seconds) == 2 for t in times.values())
 
 
@@ -333,7 +332,10 @@ def launch(module, *flags):
 def test_unknown_suite_is_one_sentence():
     result = launch("bench", "--suite=nothing")
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.strip() == "--suite=nothing is unknown; the suites are sampler, learner, step, growth, estimators, pruning, devices, scaling, checkpoint, meshes, environments."
+    assert (
+        result.stderr.strip()
+        == "--suite=nothing is unknown; the suites are sampler, learner, step, growth, estimators, pruning, devices, scaling, checkpoint, meshes, environments."
+    )
 
 
 @pytest.mark.parametrize(
@@ -351,9 +353,7 @@ def test_a_wrong_shape_is_one_sentence(flags, sentence):
 def test_evaluating_no_run_is_one_sentence(tmp_path):
     result = launch("evaluate", f"--workdir={tmp_path}")
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.strip() == (
-        f"workdir={tmp_path} has no config.json; give the workdir of a run made by launch.train."
-    )
+    assert result.stderr.strip() == (f"workdir={tmp_path} has no config.json; give the workdir of a run made by launch.train.")
 
 
 def test_a_device_grows_the_trees_of_itself():

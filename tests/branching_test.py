@@ -1,4 +1,5 @@
 """Branching rules alone, on lines made by hand: no sampler, no model."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +27,7 @@ def first_step(probabilities, slots, drawn=0, candidates=1):
 @pytest.mark.parametrize("probabilities", [(0.6, 0.4), (0.5, 0.3, 0.2), (0.6, 0.4, 0.0, 0.0, 0.0)], ids=str)
 def test_a_vocabulary_that_is_used_up_gives_no_more_children(max_children, probabilities):
     """As many children as the vocabulary has tokens or more, or tokens masked by -inf: no line is born twice."""
-    rule = branching.lookahead(
-        tau_abs=0.05, tau_rel=0.9, share=1.0, fill_after=9, greedy=False, max_children=max_children
-    )
+    rule = branching.lookahead(tau_abs=0.05, tau_rel=0.9, share=1.0, fill_after=9, greedy=False, max_children=max_children)
     drawn = 1  # so that token 0, the argmax of nothing, is not the line's own
     _, births = rule.step(first_step(probabilities, 7, drawn, rule.candidates))
     children = [int(t) for t in births.token[0] if t >= 0]

@@ -149,9 +149,7 @@ def test_metrics_that_are_damaged(tmp_path):
     (tmp_path / "checkpoints.json").write_text("{")
     with pytest.raises(UserError) as error:
         Checkpoints(tmp_path)
-    assert str(error.value) == (
-        f"checkpoint {tmp_path}/checkpoints.json is damaged; delete it to go on without a best checkpoint."
-    )
+    assert str(error.value) == (f"checkpoint {tmp_path}/checkpoints.json is damaged; delete it to go on without a best checkpoint.")
 
 
 def test_other_formats_are_one_sentence(tmp_path):
@@ -219,9 +217,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_first_path(tmp_path):
             checkpoints.restore_latest(other)
         like = abstract(make_state(0))
         with pytest.raises(ValueError, match=r"float32\[0, 3\] at 'nothing' .* float32\[0, 4\]"):
-            checkpoints.restore_latest(
-                like.replace(nothing=jax.ShapeDtypeStruct((0, 4), jnp.float32))
-            )
+            checkpoints.restore_latest(like.replace(nothing=jax.ShapeDtypeStruct((0, 4), jnp.float32)))
         with pytest.raises(ValueError, match=r"has int32\[\] at 'step' .* float32\[\]"):
             checkpoints.restore_latest(like.replace(step=jax.ShapeDtypeStruct((), jnp.float32)))
         with pytest.raises(ValueError, match="has no 'reference/w', which the state has;"):

@@ -1,4 +1,5 @@
 """Estimators, multipliers and objectives chosen by name, inside the jitted step."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +8,7 @@ import pytest
 import sharding_test as base
 from ml_collections import ConfigDict
 
-from treerl import functions as F
-from treerl import losses
-from treerl import step as S
+from treerl import functions as F, losses, step as S
 from treerl.advantages import ESTIMATORS, leaf_estimators
 
 

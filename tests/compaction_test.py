@@ -1,4 +1,5 @@
 """The review of a pruning rule, re-forks and the smaller pool, by a policy whose next token depends on the whole path."""
+
 import functools
 
 import chex
@@ -6,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sampler_test import EOS, VOCAB, each, table
+from sampler_test import EOS, VOCAB, each
 
-from treerl import branching, compaction, pruning, sampler, survival
-from treerl import tree as T
-from treerl.types import ACTIVE, FREE, Policy, Prompts, Pruning, Review, empty_lines
+from treerl import branching, compaction, pruning, sampler, survival, tree as T
+from treerl.types import ACTIVE, FREE, Policy, Prompts, Review, empty_lines
 
 B, K, S, SEGMENT = 6, 6, 12, 2
 DETECTION, LATE = 4, 3
@@ -62,9 +62,7 @@ def grow(logits, index, *, rule=None, lookahead=False, kappa=0.5, columns=3, ref
         if rule.startswith("arrol"):
             choose = functools.partial(choose, p_max=1.0)
         judge = lambda hidden: (hidden[..., 0], hidden[..., 0] / STATES)
-        prune = pruning.survival(
-            judge, choose, detection=detection, columns=columns, rho=0.5, warm=jnp.bool_(warm), refork=refork
-        )
+        prune = pruning.survival(judge, choose, detection=detection, columns=columns, rho=0.5, warm=jnp.bool_(warm), refork=refork)
     pad = Prompts(token=jnp.zeros((B, 2), jnp.int32), length=jnp.ones(B, jnp.int32), index=index, data={})
     return sampler.sample(
         history(logits), branch, prune, pad, jax.random.key(5), slots=K, rows=S, budget=S + late, segment=segment,
@@ -203,9 +201,7 @@ def test_the_place_in_the_batch_the_segments_and_the_lengths_do_not_change_a_tre
 def test_too_many_lines_for_the_small_pool_lose_nothing():
     """Nothing is stopped and more lines run than fit: all stay in the large pool until they fit."""
     keep_all = pruning.none()._replace(
-        review=lambda lines, hidden, key: Review(
-            jnp.zeros(lines.status.shape, jnp.int8), jnp.full(lines.status.shape, -1), ()
-        )
+        review=lambda lines, hidden, key: Review(jnp.zeros(lines.status.shape, jnp.int8), jnp.full(lines.status.shape, -1), ())
     )
 
     def run(prune, columns):

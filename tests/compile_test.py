@@ -2,6 +2,7 @@
 
 Run as a program it compiles on simulated devices and checks the texts, see `test_on_eight_devices`.
 """
+
 import dataclasses
 import functools
 import importlib.util
@@ -18,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-
 from sharding_test import ROOT, Tiny, numbers, on_eight_devices, tiny_task, with_trees
-from treerl import plan, profiling, sharding
-from treerl import step as S
+
+from treerl import plan, profiling, sharding, step as S
 from treerl.errors import UserError
 from treerl.tokenizers import CharTokenizer
 
@@ -67,7 +67,9 @@ def check_a_known_program():
     put = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
 
     def program(x, y):
-        gathered = lambda i, x: jax.lax.with_sharding_constraint(jnp.sin(jax.lax.with_sharding_constraint(x, put(None, "tensor"))), put("fsdp", "tensor"))
+        gathered = lambda i, x: jax.lax.with_sharding_constraint(
+            jnp.sin(jax.lax.with_sharding_constraint(x, put(None, "tensor"))), put("fsdp", "tensor")
+        )
         return jax.lax.fori_loop(0, 3, gathered, x), jnp.sum(y)
 
     x = jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=put("fsdp", "tensor"))

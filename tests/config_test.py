@@ -1,4 +1,5 @@
 """Configs: arguments of experiments, what every file of experiments/ promises, and wrong fields."""
+
 import importlib
 import pathlib
 import subprocess
@@ -61,7 +62,6 @@ def test_parse_arg_errors(arg, known, message):
 
 
 # --- the fields -------------------------------------------------------------------------------------
-
 
 
 # --- experiments ----------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 Tests marked `slow` run with `--all` alone: they train, start processes or compile much, and what they guard is also seen, less
 closely, by a test that is not. Tests compile hundreds of small programs that each run once, so none of them is stored.
 """
+
 import os
 
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 # In this process alone: programs that tests start keep their cache. Storing one of these programs once ended in a
 # segmentation fault of the CPU's serialiser (jax 0.10).

@@ -3,6 +3,7 @@
 Of N places the agent starts at the one that the task says, or one up as the key says; "left ." and "right ." move it, and at
 the right end it has won.
 """
+
 import jax
 import jax.numpy as jnp
 import numpy as np

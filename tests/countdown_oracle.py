@@ -1,4 +1,5 @@
 """The Countdown grader in plain Python: recursive descent with exact fractions."""
+
 import re
 from fractions import Fraction
 

@@ -1,4 +1,5 @@
 """Countdown: the grader against a plain-Python oracle, the puzzles, the errors, the tokenizer."""
+
 import errno
 import random
 import re
@@ -7,9 +8,9 @@ import sys
 import jax
 import numpy as np
 import pytest
+from countdown_oracle import countdown_grade, countdown_value
 from ml_collections import ConfigDict
 
-from countdown_oracle import countdown_grade, countdown_value
 from treerl import tasks
 from treerl.errors import UserError
 from treerl.tasks import countdown
@@ -23,10 +24,20 @@ GRADE = jax.jit(jax.vmap(countdown.grade))
 
 
 def small(**changes) -> ConfigDict:
-    config = ConfigDict(dict(
-        name="countdown", numbers_min=3, numbers_max=4, largest=12, operators="+-*/",
-        target_max=50, orders=1, train_size=200, heldout_size=60, seed=7,
-    ))
+    config = ConfigDict(
+        dict(
+            name="countdown",
+            numbers_min=3,
+            numbers_max=4,
+            largest=12,
+            operators="+-*/",
+            target_max=50,
+            orders=1,
+            train_size=200,
+            heldout_size=60,
+            seed=7,
+        )
+    )
     config.update(changes)
     return config
 
@@ -81,28 +92,30 @@ def mutated(rng: random.Random, text: str) -> str:
     number = next((p for p in pieces[k:] if p.isdigit()), "1")
     big = str(int(number) + 2**32 * rng.choice([1, 10, 23]))
     nest = rng.randrange(16)
-    return rng.choice([
-        lambda: text[:i] + text[i + 1 :],
-        lambda: text[:i] + char + text[i:],
-        lambda: text[:i] + char + text[i + 1 :],
-        lambda: text[:i] + text[i:j][::-1] + text[j:],
-        lambda: text[:i] + "(" + text[i:j] + ")" + text[j:],
-        lambda: text[:i] + " " + text[i:],
-        lambda: text[:j],
-        lambda: text + "$" + text[:i],
-        lambda: text[:i] + ")*(" + text[i:],
-        lambda: text + rng.choice(["=24", ":", "+0", "*1", "-", "*", "/", ")", "(", "_"]),
-        lambda: text + rng.choice("+*") + number,
-        lambda: text + f"/({number}-{number})",
-        lambda: text + f"-{number}/{number}+1",
-        lambda: text.replace(number, big, 1),
-        lambda: text.replace(number, "99999999999", 1),
-        lambda: text.replace(number, "0" + number, 1),
-        lambda: text.replace(number, number[0] + " " + number[1:], 1),
-        lambda: "(" * nest + text + ")" * (nest + rng.choice([0, 0, 0, -1, 1])),
-        lambda: "*".join([number] * 9) + "*" + text,
-        lambda: rng.choice("+-") + text,
-    ])()
+    return rng.choice(
+        [
+            lambda: text[:i] + text[i + 1 :],
+            lambda: text[:i] + char + text[i:],
+            lambda: text[:i] + char + text[i + 1 :],
+            lambda: text[:i] + text[i:j][::-1] + text[j:],
+            lambda: text[:i] + "(" + text[i:j] + ")" + text[j:],
+            lambda: text[:i] + " " + text[i:],
+            lambda: text[:j],
+            lambda: text + "$" + text[:i],
+            lambda: text[:i] + ")*(" + text[i:],
+            lambda: text + rng.choice(["=24", ":", "+0", "*1", "-", "*", "/", ")", "(", "_"]),
+            lambda: text + rng.choice("+*") + number,
+            lambda: text + f"/({number}-{number})",
+            lambda: text + f"-{number}/{number}+1",
+            lambda: text.replace(number, big, 1),
+            lambda: text.replace(number, "99999999999", 1),
+            lambda: text.replace(number, "0" + number, 1),
+            lambda: text.replace(number, number[0] + " " + number[1:], 1),
+            lambda: "(" * nest + text + ")" * (nest + rng.choice([0, 0, 0, -1, 1])),
+            lambda: "*".join([number] * 9) + "*" + text,
+            lambda: rng.choice("+-") + text,
+        ]
+    )()
 
 
 def soup(rng: random.Random) -> str:
@@ -158,73 +171,79 @@ def test_grade_agrees_with_oracle():
     assert not len(wrong), [(triples[i], truth[i]) for i in wrong[:10]]
 
 
-@pytest.mark.parametrize("text, numbers, target", [
-    ("(3+5)*2+7$", [3, 5, 2, 7], 23),
-    ("7+2*(5+3)$", [3, 5, 2, 7], 23),
-    (" ( 3 + 5 ) * 2 + 7 $", [3, 5, 2, 7], 23),
-    ("((((((((((((((((((3))))))))))))))))))+1$", [1, 3], 4),
-    ("8/(3-8/3)$", [3, 3, 8, 8], 24),  # through 1/3
-    ("6/(1-3/4)$", [1, 3, 4, 6], 24),
-    ("(1-5)/(2-4)$", [1, 2, 4, 5], 2),  # negative over negative
-    ("10-3-2$", [2, 3, 10], 5),  # left to right
-    ("12/3/2$", [2, 3, 12], 2),
-    ("127*127*127*127$", [127] * 4, 127**4),
-])
+@pytest.mark.parametrize(
+    "text, numbers, target",
+    [
+        ("(3+5)*2+7$", [3, 5, 2, 7], 23),
+        ("7+2*(5+3)$", [3, 5, 2, 7], 23),
+        (" ( 3 + 5 ) * 2 + 7 $", [3, 5, 2, 7], 23),
+        ("((((((((((((((((((3))))))))))))))))))+1$", [1, 3], 4),
+        ("8/(3-8/3)$", [3, 3, 8, 8], 24),  # through 1/3
+        ("6/(1-3/4)$", [1, 3, 4, 6], 24),
+        ("(1-5)/(2-4)$", [1, 2, 4, 5], 2),  # negative over negative
+        ("10-3-2$", [2, 3, 10], 5),  # left to right
+        ("12/3/2$", [2, 3, 12], 2),
+        ("127*127*127*127$", [127] * 4, 127**4),
+    ],
+)
 def test_right_answers(text, numbers, target):
     assert graded([(text, numbers, target)])[0]
     assert expected(text, numbers, target)
 
 
-@pytest.mark.parametrize("text, numbers, target", [
-    ("$", [1, 2], 3),
-    ("", [1, 2], 3),
-    ("  $", [1, 2], 3),
-    ("1+2", [1, 2], 3),  # no EOS
-    ("1+2_", [1, 2], 3),
-    ("1+2=$", [1, 2], 3),
-    ("1+2=3$", [1, 2], 3),
-    ("1+2:$", [1, 2], 3),
-    ("1_+2$", [1, 2], 3),
-    ("1$+2$", [1, 2], 3),
-    ("1+2$1+2$", [1, 2], 3),  # the length takes in both
-    ("1+2+$", [1, 2], 3),
-    ("1+2+$", [1, 2], 4),
-    ("1+2*$", [1, 2], 3),
-    ("1)*(2$", [1, 2], 2),
-    ("+1+2$", [1, 2], 3),
-    ("-1+2$", [1, 2], 1),
-    ("2-(-1)$", [1, 2], 3),
-    ("2--1$", [1, 2], 3),
-    ("(1)(2)$", [1, 2], 2),
-    ("2(1)$", [1, 2], 2),
-    ("(2)1$", [1, 2], 2),
-    ("(1+2$", [1, 2], 3),
-    ("1+2)$", [1, 2], 3),
-    (")1+2($", [1, 2], 3),
-    ("()1+2$", [1, 2], 3),
-    ("1+2+()$", [1, 2], 3),
-    ("(" * 39 + "$", [1, 2], 3),
-    ("1 2+3$", [12, 3], 15),
-    ("1 2$", [1, 2], 12),
-    ("01+2$", [1, 2], 3),
-    ("1+2+0$", [1, 2], 3),
-    ("1+2+0$", [1, 2, 0], 3),
-    ("1+2+2$", [1, 2], 5),  # once too often
-    ("3$", [1, 2], 3),
-    ("1+2$", [1, 2, 3], 3),  # not all
-    ("1+2$", [1, 1, 2], 3),
-    ("1+1+2$", [1, 2, 2], 4),
-    ("1+2$", [1, 2], 4),
-    ("1/(2-2)$", [1, 2, 2], 1),
-    ("1/(2-2)$", [1, 2, 2], 0),
-    ("(2-2)/(2-2)$", [2, 2, 2, 2], 1),
-    ("2-2/(2-2)$", [2, 2, 2, 2], 2),
-    ("7/2$", [2, 7], 3),  # no rounding
-    ("4294967299+2$", [3, 2], 5),  # 2**32 + 3
-    ("42949672970+2$", [10, 2], 12),
-    ("65536*65536+1+2$", [1, 2], 3),
-    ("99999999999+2$", [3, 2], 5),
-])
+@pytest.mark.parametrize(
+    "text, numbers, target",
+    [
+        ("$", [1, 2], 3),
+        ("", [1, 2], 3),
+        ("  $", [1, 2], 3),
+        ("1+2", [1, 2], 3),  # no EOS
+        ("1+2_", [1, 2], 3),
+        ("1+2=$", [1, 2], 3),
+        ("1+2=3$", [1, 2], 3),
+        ("1+2:$", [1, 2], 3),
+        ("1_+2$", [1, 2], 3),
+        ("1$+2$", [1, 2], 3),
+        ("1+2$1+2$", [1, 2], 3),  # the length takes in both
+        ("1+2+$", [1, 2], 3),
+        ("1+2+$", [1, 2], 4),
+        ("1+2*$", [1, 2], 3),
+        ("1)*(2$", [1, 2], 2),
+        ("+1+2$", [1, 2], 3),
+        ("-1+2$", [1, 2], 1),
+        ("2-(-1)$", [1, 2], 3),
+        ("2--1$", [1, 2], 3),
+        ("(1)(2)$", [1, 2], 2),
+        ("2(1)$", [1, 2], 2),
+        ("(2)1$", [1, 2], 2),
+        ("(1+2$", [1, 2], 3),
+        ("1+2)$", [1, 2], 3),
+        (")1+2($", [1, 2], 3),
+        ("()1+2$", [1, 2], 3),
+        ("1+2+()$", [1, 2], 3),
+        ("(" * 39 + "$", [1, 2], 3),
+        ("1 2+3$", [12, 3], 15),
+        ("1 2$", [1, 2], 12),
+        ("01+2$", [1, 2], 3),
+        ("1+2+0$", [1, 2], 3),
+        ("1+2+0$", [1, 2, 0], 3),
+        ("1+2+2$", [1, 2], 5),  # once too often
+        ("3$", [1, 2], 3),
+        ("1+2$", [1, 2, 3], 3),  # not all
+        ("1+2$", [1, 1, 2], 3),
+        ("1+1+2$", [1, 2, 2], 4),
+        ("1+2$", [1, 2], 4),
+        ("1/(2-2)$", [1, 2, 2], 1),
+        ("1/(2-2)$", [1, 2, 2], 0),
+        ("(2-2)/(2-2)$", [2, 2, 2, 2], 1),
+        ("2-2/(2-2)$", [2, 2, 2, 2], 2),
+        ("7/2$", [2, 7], 3),  # no rounding
+        ("4294967299+2$", [3, 2], 5),  # 2**32 + 3
+        ("42949672970+2$", [10, 2], 12),
+        ("65536*65536+1+2$", [1, 2], 3),
+        ("99999999999+2$", [3, 2], 5),
+    ],
+)
 def test_wrong_answers(text, numbers, target):
     assert not graded([(text, numbers, target)])[0]
     assert not expected(text, numbers, target)
@@ -294,15 +313,18 @@ def test_prepares_without_tensorflow(task):
     assert len(task.train) == 200 and "tensorflow" not in sys.modules
 
 
-@pytest.mark.parametrize("left, operator, right, text", [
-    ("1+2", "+", "3-4", "1+2+3-4"),
-    ("1+2", "-", "3-4", "1+2-3+4"),
-    ("1+2", "*", "3-4", "(1+2)*(3-4)"),
-    ("6*2", "*", "4/2", "6*2*4/2"),
-    ("6*2", "/", "4/2", "6*2/(4/2)"),
-    ("6*2", "-", "4/2", "6*2-4/2"),
-    ("7", "/", "7", "7/7"),
-])
+@pytest.mark.parametrize(
+    "left, operator, right, text",
+    [
+        ("1+2", "+", "3-4", "1+2+3-4"),
+        ("1+2", "-", "3-4", "1+2-3+4"),
+        ("1+2", "*", "3-4", "(1+2)*(3-4)"),
+        ("6*2", "*", "4/2", "6*2*4/2"),
+        ("6*2", "/", "4/2", "6*2/(4/2)"),
+        ("6*2", "-", "4/2", "6*2-4/2"),
+        ("7", "/", "7", "7/7"),
+    ],
+)
 def test_combine_spares_parentheses(left, operator, right, text):
     made = countdown.combine(parsed(left), operator, parsed(right))
     assert (made.value, made.text) == (countdown_value(text)[0], text)
@@ -341,29 +363,32 @@ def test_orders_repeat_training_puzzles_and_never_heldout_ones(tmp_path):
     assert sum(a[0] != b[0] for a, b in zip(train[:200], train[200:400])) > 100
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(name="chess"), f"task.name='chess' is unknown; known are {', '.join(tasks.NAMES)}."),
-    (dict(numbers_min=0), "task.numbers_min=0 cannot work; set it to 2 or more."),
-    (dict(numbers_min=1), "task.numbers_min=1 cannot work; set it to 2 or more."),
-    (dict(numbers_max=2), "task.numbers_max=2 cannot work; set it to 3 or more."),
-    (dict(largest=0), "task.largest=0 cannot work; set it to 1 or more."),
-    (dict(target_max=0), "task.target_max=0 cannot work; set it to 1 or more."),
-    (dict(orders=0), "task.orders=0 cannot work; set it to 1 or more."),
-    (dict(train_size=0), "task.train_size=0 cannot work; set it to 1 or more."),
-    (dict(heldout_size=0), "task.heldout_size=0 cannot work; set it to 1 or more."),
-    (dict(operators=""), "task.operators='' cannot work; set it to one or more of '+-*/'."),
-    (dict(operators="+^"), "task.operators='+^' cannot work; set it to one or more of '+-*/'."),
-    (
-        dict(largest=128),
-        "task.largest=128 with task.numbers_max=4 makes values up to 2147483648, beyond the grader's "
-        "int32; lower either until 2**(numbers_max-1) * largest**numbers_max < 2**31.",
-    ),
-    (
-        dict(numbers_min=2, numbers_max=2, largest=2, operators="+"),  # 1+1, 1+2, 2+2
-        "task.train_size=200 + task.heldout_size=60 asks for 260 distinct puzzles and 3 were found; lower the "
-        "sizes or raise task.numbers_max, task.largest, task.target_max or the choice of task.operators.",
-    ),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(name="chess"), f"task.name='chess' is unknown; known are {', '.join(tasks.NAMES)}."),
+        (dict(numbers_min=0), "task.numbers_min=0 cannot work; set it to 2 or more."),
+        (dict(numbers_min=1), "task.numbers_min=1 cannot work; set it to 2 or more."),
+        (dict(numbers_max=2), "task.numbers_max=2 cannot work; set it to 3 or more."),
+        (dict(largest=0), "task.largest=0 cannot work; set it to 1 or more."),
+        (dict(target_max=0), "task.target_max=0 cannot work; set it to 1 or more."),
+        (dict(orders=0), "task.orders=0 cannot work; set it to 1 or more."),
+        (dict(train_size=0), "task.train_size=0 cannot work; set it to 1 or more."),
+        (dict(heldout_size=0), "task.heldout_size=0 cannot work; set it to 1 or more."),
+        (dict(operators=""), "task.operators='' cannot work; set it to one or more of '+-*/'."),
+        (dict(operators="+^"), "task.operators='+^' cannot work; set it to one or more of '+-*/'."),
+        (
+            dict(largest=128),
+            "task.largest=128 with task.numbers_max=4 makes values up to 2147483648, beyond the grader's "
+            "int32; lower either until 2**(numbers_max-1) * largest**numbers_max < 2**31.",
+        ),
+        (
+            dict(numbers_min=2, numbers_max=2, largest=2, operators="+"),  # 1+1, 1+2, 2+2
+            "task.train_size=200 + task.heldout_size=60 asks for 260 distinct puzzles and 3 were found; lower the "
+            "sizes or raise task.numbers_max, task.largest, task.target_max or the choice of task.operators.",
+        ),
+    ],
+)
 def test_errors(changes, message, tmp_path):
     with pytest.raises(UserError) as error:
         tasks.make(small(**changes), tmp_path)
@@ -381,17 +406,19 @@ def test_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError) as error:
         tasks.make(small(), path)
     assert str(error.value) == (
-        f"data_dir={path} cannot be written (Not a directory); set data_dir to a folder that can, with room for "
-        "the examples."
+        f"data_dir={path} cannot be written (Not a directory); set data_dir to a folder that can, with room for the examples."
     )
 
 
-@pytest.mark.parametrize("error, words", [
-    (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
-    (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
-    # what array_record makes of a full disk
-    (RuntimeError("Failed to finalize: write() failed: No space left on device; at byte 8"), "No space left on device"),
-])
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+        # what array_record makes of a full disk
+        (RuntimeError("Failed to finalize: write() failed: No space left on device; at byte 8"), "No space left on device"),
+    ],
+)
 def test_what_the_system_refuses_is_a_sentence(error, words, tmp_path, monkeypatch):
     def refuse(self):
         raise error
@@ -400,8 +427,7 @@ def test_what_the_system_refuses_is_a_sentence(error, words, tmp_path, monkeypat
     with pytest.raises(UserError) as raised:
         tasks.make(small(), tmp_path)
     assert str(raised.value) == (
-        f"data_dir={tmp_path} cannot be written ({words}); set data_dir to a folder that can, with room for "
-        "the examples."
+        f"data_dir={tmp_path} cannot be written ({words}); set data_dir to a folder that can, with room for the examples."
     )
 
 
@@ -432,8 +458,7 @@ def test_an_example_without_numbers_or_with_too_many(numbers):
     with pytest.raises(UserError) as error:
         countdown.encode(dict(numbers=numbers, target=3, solution="1+2"), numbers_max=4)
     assert str(error.value) == (
-        f"a Countdown example has {len(numbers)} numbers, not 1 to task.numbers_max=4; "
-        "mend the example or task.numbers_max."
+        f"a Countdown example has {len(numbers)} numbers, not 1 to task.numbers_max=4; mend the example or task.numbers_max."
     )
 
 

@@ -1,4 +1,5 @@
 """Trees as text, as SVG and as pages in a browser, against oracles that walk parents one by one."""
+
 import html
 import json
 import re
@@ -10,8 +11,8 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-
 from oracles import leaf_cells, random_tree
+
 from treerl import draw
 from treerl.draw import view
 from treerl.tree import CUT, FINISHED, FORCED, SIMILAR, TRUNCATED
@@ -139,7 +140,6 @@ def test_arrays_of_another_tree_are_an_error():
         draw.format_tree(tree, to_text, reward=reward[:2], advantage=advantage)
     with pytest.raises(ValueError, match="advantage has shape"):
         draw.format_tree(tree, to_text, reward=reward, advantage=advantage[None])
-
 
 
 def test_format_leaves():
@@ -423,7 +423,17 @@ def test_a_browser_answers_clicks_searches_and_colours(tmp_path):
       at("colour").value = "quality"; at("colour").dispatchEvent(new Event("change"));"""
     dom = in_browser(page, tmp_path, script)
     cells = elements(dom, "td")
-    assert "a fork into 2" in dom and cells[-9:] == ['"c"', "0.500", "1 leaf, reward 1.000", '"d"', "0.250", "1 leaf, reward 0.000", '"q"', "0.125", "not taken"]
+    assert "a fork into 2" in dom and cells[-9:] == [
+        '"c"',
+        "0.500",
+        "1 leaf, reward 1.000",
+        '"d"',
+        "0.250",
+        "1 leaf, reward 0.000",
+        '"q"',
+        "0.125",
+        "not taken",
+    ]
     assert elements(dom, "pre") == ["(not given)", "ab"] and elements(dom, "b", "path") == ["a", "b"]
     assert elements(dom, "b", "found") == ["d", "f"] and elements(dom, "span")[-2:][0] == "1 found"
     full = re.findall(r"<b\b[^>]*rgb\(33, 102, 172\)[^>]*>(.)</b>", dom)  # the highest there is, but for what is grey

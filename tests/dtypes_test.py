@@ -1,4 +1,5 @@
 """What is stored in fewer bits: the pool of keys and values, and the optimizer's moments."""
+
 import functools
 
 import jax
@@ -11,8 +12,7 @@ import sharding_test
 from ml_collections import ConfigDict
 from sharding_test import Tiny, one_device, quick_compiles
 
-from treerl import attention
-from treerl import step as S
+from treerl import attention, step as S
 from treerl.config import default
 from treerl.models.policy import make_policy
 from treerl.models.transformer import Model, TransformerConfig
@@ -170,9 +170,7 @@ def test_the_mean_of_squares_does_not_stall_for_bfloat16_parameters():
 
 def test_float32_parameters_get_what_optax_gives():
     chain, config = optimizer(weight_decay=0.1)
-    plain = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm), optax.adamw(0.01, b1=config.b1, b2=config.b2, weight_decay=0.1)
-    )
+    plain = optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adamw(0.01, b1=config.b1, b2=config.b2, weight_decay=0.1))
     (one, state), (other, wanted) = run(chain, "float32", 5), run(plain, "float32", 5)
     jax.tree.map(np.testing.assert_array_equal, (one, moments(state)), (other, moments(wanted)))
     assert all(np.any(x != y) for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(params("float32"))))

@@ -1,4 +1,5 @@
 """Environments against their twins in plain Python, their ids, their tasks and their bad input."""
+
 import functools
 
 import jax
@@ -98,7 +99,11 @@ def test_ids_of_a_million_states_are_injective(name):
     _, _, (_, state, _, _, _, _, ids, _) = episodes(name, count, seed=1, many=True)
     ids = ids.reshape(-1, 2).astype(np.uint64)
     ids = ids[:, 0] << np.uint64(32) | ids[:, 1]
-    names = ("at", "condition", "room", "place", "open", "over") if name == "household" else ("view", "page", "item", "query", "color", "size", "over")
+    names = (
+        ("at", "condition", "room", "place", "open", "over")
+        if name == "household"
+        else ("view", "page", "item", "query", "color", "size", "over")
+    )
     parts = [state[k].reshape(ids.size, -1) for k in names] + [state["task"]["number"].reshape(-1, 1)]
     whole = np.concatenate([np.asarray(x, np.int16) for x in parts], axis=1)
     whole = np.ascontiguousarray(whole).view([("", np.int16)] * whole.shape[1]).ravel()
@@ -158,7 +163,10 @@ def test_the_player_is_mediocre_and_one_without_mistakes_is_not(name):
 @pytest.mark.parametrize("name", IN_JAX)
 def test_splits_share_nothing(name):
     env = made(name)
-    rows = {s: {tuple(np.concatenate([np.ravel(v[i]) for k, v in t.items() if k != "number"]).tolist()) for i in range(environments.count(t))} for s, t in env.tasks.items()}
+    rows = {
+        s: {tuple(np.concatenate([np.ravel(v[i]) for k, v in t.items() if k != "number"]).tolist()) for i in range(environments.count(t))}
+        for s, t in env.tasks.items()
+    }
     assert [len(rows[s]) for s in environments.SPLITS] == [200, 100, 100]
     assert not rows["train"] & rows["heldout"] and not (rows["train"] | rows["heldout"]) & rows["novel"]
     numbers = np.concatenate([t["number"] for t in env.tasks.values()])

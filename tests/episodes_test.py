@@ -1,6 +1,8 @@
 """Episodes in the sampler, against a replay in plain Python of what each leaf says."""
+
 import functools
 
+import corridor
 import hgpo_oracle
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,7 @@ import oracles
 import pytest
 from sampler_test import chaos, chaos_prune
 
-import corridor
-from treerl import branching, episodes, pruning, rewards, sampler, survival
-from treerl import tree as T
+from treerl import branching, episodes, pruning, rewards, sampler, survival, tree as T
 from treerl.advantages import gigpo_tree, grpo, hgpo_tree
 from treerl.advantages.hgpo import of_turns
 from treerl.environments import length
@@ -78,7 +78,7 @@ def step():
 def replay(tokens, state, rows):
     """What a leaf's tokens mean: sources and turns of cells; rewards, anchors (place, observation), invalid of turns; how it ends."""
     source, turn, reward, anchor, invalid = [], [], [], [], []
-    observation, place, i, over = None, int(state["place"]), 0, False
+    place, i, over = int(state["place"]), 0, False
     while i < len(tokens):
         assert not over, "an episode goes on behind its end"
         action = []
@@ -224,9 +224,7 @@ def test_credit_of_a_cell_is_the_oracles_on_the_same_arrays(rule):
         returns, ids, valid = steps_of(one)
         np.testing.assert_allclose(of_turns(one, 0.9)[0], returns, atol=1e-6)
         reward = np.asarray(one.turns.reward - one.turns.penalty).sum(1)
-        batch = [
-            (0, [tuple(x) for x in states[own].tolist()], value[own].tolist()) for states, value, own in zip(ids, returns, valid)
-        ]
+        batch = [(0, [tuple(x) for x in states[own].tolist()], value[own].tolist()) for states, value, own in zip(ids, returns, valid)]
         episode = dict(episode=reward.tolist())
         wanted = dict(
             hgpo=hgpo_oracle.hgpo(batch, levels=2), gigpo=hgpo_oracle.gigpo(batch, **episode),

@@ -24,9 +24,7 @@ def test_equals_the_share_of_subsets_with_a_right_sample(samples):
             expected = brute_force([count], samples, k)
             np.testing.assert_allclose(pass_at_k([count], samples, k), expected, atol=1e-14)
         correct = np.arange(samples + 1)
-        np.testing.assert_allclose(
-            pass_at_k(correct, samples, k), brute_force(correct, samples, k), atol=1e-14
-        )
+        np.testing.assert_allclose(pass_at_k(correct, samples, k), brute_force(correct, samples, k), atol=1e-14)
 
 
 def test_pass_at_1_is_the_accuracy():

@@ -1,4 +1,5 @@
 """TensorBoard's reading of a folder of event files, and W&B's files, in plain Python."""
+
 import json
 import struct
 
@@ -17,6 +18,7 @@ def crc32c(data: bytes) -> int:
 
 def records(data: bytes) -> list[Event]:
     """The whole records of one file; asserts their checksums. A record cut short ends the file."""
+
     def whole(part: bytes, checksum: bytes) -> bool:
         crc = crc32c(part)
         return struct.unpack("<I", checksum) == (((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32,)

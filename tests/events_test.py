@@ -9,8 +9,8 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from events_oracle import crc32c, scalars, wandb_lines
+
 from treerl import events
 from treerl.errors import UserError
 
@@ -44,9 +44,7 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
         if resume == 0:
             [first] = tmp_path.iterdir()
             first.write_bytes(first.read_bytes()[:-5])
-    assert scalars(tmp_path) == {
-        step: {"train/a": float(step + 100 * resume)} for step, resume in [(1, 0), (2, 0), (3, 0), (4, 3), (5, 3)]
-    }
+    assert scalars(tmp_path) == {step: {"train/a": float(step + 100 * resume)} for step, resume in [(1, 0), (2, 0), (3, 0), (4, 3), (5, 3)]}
 
 
 def test_grouped_tags():
@@ -71,8 +69,7 @@ def test_a_full_disk_is_one_warning(tmp_path, capsys, monkeypatch):
         for step in range(50):
             file.write(step, {"train/a": 1.0})
     assert capsys.readouterr().err == (
-        f"{tmp_path} cannot be written (No space left on device): the run goes on without event files; "
-        "metrics.jsonl has its numbers.\n"
+        f"{tmp_path} cannot be written (No space left on device): the run goes on without event files; metrics.jsonl has its numbers.\n"
     )
 
 

@@ -3,6 +3,7 @@
 The names and shapes of tensors are written down here once more, not taken from `treerl.models.layout`.
 `python tests/families_oracle.py` (needs torch and transformers) records the logits into families_golden.npz.
 """
+
 import json
 import pathlib
 

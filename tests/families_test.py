@@ -1,4 +1,5 @@
 """Every family against transformers: recorded logits always, transformers itself where it is installed."""
+
 import dataclasses
 import functools
 import json

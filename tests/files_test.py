@@ -1,4 +1,5 @@
 """Files of a workdir, on a disk and in Google Cloud Storage by an emulator on this machine."""
+
 import json
 import pathlib
 import re
@@ -7,10 +8,9 @@ import sys
 import numpy as np
 import pytest
 from etils import epath
-
 from events_test import Wandb, send
-from treerl import config as C
-from treerl import files, metrics
+
+from treerl import config as C, files, metrics
 from treerl.checkpoint import Checkpoints
 from treerl.config import default
 from treerl.errors import UserError
@@ -96,7 +96,9 @@ def test_a_config_of_another_version(change, words, tmp_path):
 @pytest.mark.parametrize("text", ["[]", "3", "{", '{"sampler": 3}', '{"mesh": null}'])
 def test_a_config_that_is_none(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match="config.json is damaged; give another|version of treerl: its config.json lacks|has .*, unknown here"):
+    with pytest.raises(
+        UserError, match="config.json is damaged; give another|version of treerl: its config.json lacks|has .*, unknown here"
+    ):
         read_config(str(tmp_path))
 
 

@@ -1,4 +1,5 @@
 """GGUF files to folders: a tiny model written here, and what is wrong with a file."""
+
 import json
 import os
 import sys

@@ -1,4 +1,5 @@
 """Graders on the host: what they read, what they find right, and that nothing a grader does harms the others."""
+
 import os
 import pathlib
 import signal
@@ -241,7 +242,7 @@ def ends(pid: int) -> bool:
 
 def test_a_process_serves_until_it_is_closed_and_starts_again():
     graders = Graders({"sample_graders:pid": 1.0}, workers=1)
-    pid = lambda: int(graders.grade(["a"], [EXAMPLE])[0][0, 0])
+    pid = lambda: int(graders.grade(["a"], [EXAMPLE])[0][0, 0])  # noqa: F821 (deleted below)
     first = pid()
     assert first != os.getpid() and pid() == first
     os.kill(first, signal.SIGKILL)  # as the system does when memory runs out
@@ -326,10 +327,7 @@ def test_an_interrupt_leaves_no_answers_for_the_next_call(monkeypatch):
 
 def test_processes_import_no_jax(tmp_path):
     (tmp_path / "look.py").write_text("import sys\ndef jax(c, e): return 'jax' in sys.modules\n")
-    code = (
-        "import sys; from treerl.graders import Graders\n"
-        "print(Graders({'look:jax': 1.0}).grade(['a'], [{}])[0], 'jax' in sys.modules)"
-    )
+    code = "import sys; from treerl.graders import Graders\nprint(Graders({'look:jax': 1.0}).grade(['a'], [{}])[0], 'jax' in sys.modules)"
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]))
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout == "[[0.]] False\n"
@@ -364,13 +362,9 @@ def test_names_that_cannot_be_found(tmp_path, monkeypatch):
     assert mistake({"needs:f": 1.0}) == (
         start + "'needs:f' cannot be imported (ModuleNotFoundError: No module named 'not_there_either'); mend the module."
     )
-    assert mistake({"broken:f": 1.0}) == (
-        start + "'broken:f' cannot be imported (ZeroDivisionError: division by zero); mend the module."
-    )
+    assert mistake({"broken:f": 1.0}) == (start + "'broken:f' cannot be imported (ZeroDivisionError: division by zero); mend the module.")
     file = ROOT / "tests/sample_graders.py"
-    assert mistake({"sample_graders:f": 1.0}) == (
-        start + f"'sample_graders:f' cannot work, f is not there; name a function of {file}."
-    )
+    assert mistake({"sample_graders:f": 1.0}) == (start + f"'sample_graders:f' cannot work, f is not there; name a function of {file}.")
     assert mistake({"sample_graders:NOT_CALLABLE": 1.0}) == (
         start + f"'sample_graders:NOT_CALLABLE' cannot work, NOT_CALLABLE is no function; name a function of {file}."
     )

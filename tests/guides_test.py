@@ -1,4 +1,5 @@
 """The worked examples of README's "Add your idea": each diff applies, its test passes and its command runs."""
+
 import json
 import math
 import os

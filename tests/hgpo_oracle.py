@@ -3,6 +3,7 @@
 A batch is many tasks, `uid` numbering them; a trajectory is (uid, states, returns), both lists of
 one length. Every function returns one list of advantages a trajectory.
 """
+
 import math
 
 

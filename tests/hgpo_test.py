@@ -1,4 +1,5 @@
 """GiGPO and HGPO against dictionaries of tuples, golden values and reductions."""
+
 import functools
 
 import hgpo_oracle as oracle
@@ -157,7 +158,6 @@ def test_a_level_that_says_nothing_is_dropped_or_kept():
     noisy = returns.at[0, 1].add(1e-7)  # the same return but for rounding
     np.testing.assert_allclose(HGPO(noisy, state, valid, levels=1, weight_shift=2)[:2, 1], 0.70710, atol=1e-5)
     assert HGPO(noisy, state, valid, levels=1, weight_shift=2, tolerance=0.0)[0, 1] < 0.4
-
 
 
 def one_group(seed):

@@ -1,4 +1,5 @@
 """Games of ordinary Python behind the protocol: by live game or by replay, in forks and batches, and when they fail."""
+
 import contextlib
 import functools
 import gc
@@ -547,8 +548,7 @@ def test_options_of_textworld_that_cannot_work(options, words):
 
 def test_lines_of_the_sampler_play_games_and_a_fault_ends_one_of_them():
     """Episodes grown by the sampler are what the game says of their actions; a game that raises or dies costs its own episode."""
-    from treerl import branching, episodes, pruning, sampler
-    from treerl import tree as T
+    from treerl import branching, episodes, pruning, sampler, tree as T
     from treerl.types import Policy, Prompts
 
     tokenizer = WordTokenizer(sample_games.WORDS)

@@ -2,6 +2,7 @@
 
 Run as a program it takes steps on simulated devices, see `test_devices_do_not_change_the_step`.
 """
+
 import contextlib
 import json
 import os
@@ -13,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
-
 import sample_graders
 from draw_test import data_of
+from ml_collections import ConfigDict
 from sharding_test import compile_events, on_eight_devices, quick_compiles
-from treerl import functions, rewards
-from treerl import tree as T
+
+from treerl import functions, rewards, tree as T
 from treerl.config import default
 from treerl.errors import UserError
 from treerl.experiment import Experiment
@@ -86,7 +86,7 @@ def runs():
 def test_the_steps_are_worth_comparing(runs):
     """Trees fork and are pruned, graders differ, parameters move."""
     found = runs["split"][1]
-    for state, metrics in found:
+    for _, metrics in found:
         assert metrics["forks"] > 0 and metrics["grad_norm"] > 0 and metrics["reward"] != 0
         assert np.std(metrics["samples"]["reward"]) > 0 and metrics["reward/sample_graders:lower"] > 0
     assert sum(metrics["pruned"] for _, metrics in found) > 0

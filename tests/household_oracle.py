@@ -1,4 +1,5 @@
 """The household in plain Python: words in, words out."""
+
 from treerl.environments.household import CONDITIONS, PLACES, ROOMS, THINGS
 
 CLOSABLE = ("fridge", "cabinet", "drawer", "chest", "box")

@@ -1,4 +1,5 @@
 """Bad input ends with one sentence that names the field and the fix, and leaves nothing behind."""
+
 import functools
 import json
 import os
@@ -12,10 +13,9 @@ import time
 
 import jax
 import pytest
-
 from events_test import Wandb
-from treerl import config as C
-from treerl import branching, metrics, profiling, pruning, report, sharding, tasks, train
+
+from treerl import branching, config as C, metrics, profiling, pruning, report, sharding, tasks, train
 from treerl.advantages import ESTIMATORS, leaf_estimators
 from treerl.checkpoint import Checkpoints
 from treerl.config import default
@@ -205,7 +205,10 @@ def test_every_field_was_thought_of():
     C.check(default())
     for name in ruled:
         for bad in (-1, -1.0, float("nan"), "", (0,)):
-            if type(bad) is type(dict(C.fields(default()))[name]) and (name, bad) not in (("sampler.pool_dtype", ""), ("sampler.weight_dtype", "")):
+            if type(bad) is type(dict(C.fields(default()))[name]) and (name, bad) not in (
+                ("sampler.pool_dtype", ""),
+                ("sampler.weight_dtype", ""),
+            ):
                 assert sentence(C.check, changed(**{name: bad})).startswith(f"{name}={bad!r} cannot work; set it to ")
 
 
@@ -397,8 +400,7 @@ def test_runs_that_can_never_start(changes, shards, message, data, tmp_path, mon
 def test_a_data_folder_that_is_a_file(tmp_path):
     (tmp_path / "data").write_text("mine")
     assert sentence(train.train, small(tmp_path / "data"), str(tmp_path / "run")) == (
-        f"data_dir={tmp_path / 'data'} cannot be written (Not a directory); "
-        "set data_dir to a folder that can, with room for the examples."
+        f"data_dir={tmp_path / 'data'} cannot be written (Not a directory); set data_dir to a folder that can, with room for the examples."
     )
     assert files(tmp_path) == {pathlib.Path("data"): b"mine"}
 
@@ -446,10 +448,7 @@ def disk():
 
 
 def refused(workdir, words: str) -> str:
-    return (
-        f"workdir={workdir} cannot be written ({words}); make room or allow it, "
-        "and the same command goes on from the last checkpoint."
-    )
+    return f"workdir={workdir} cannot be written ({words}); make room or allow it, and the same command goes on from the last checkpoint."
 
 
 @pytest.mark.parametrize("last_good", [4, 6])  # noticed by the next save; by the final close
@@ -623,16 +622,12 @@ def test_a_damaged_metrics_file(quick, finished, tmp_path):
 
 
 def test_a_workdir_of_no_run():
-    assert sentence(load, "/nowhere/run") == (
-        "workdir=/nowhere/run has no config.json; give the workdir of a run made by launch.train."
-    )
+    assert sentence(load, "/nowhere/run") == ("workdir=/nowhere/run has no config.json; give the workdir of a run made by launch.train.")
 
 
 def test_a_workdir_without_a_checkpoint(finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run", ignore=lambda *_: ["checkpoints"])
-    assert sentence(load, str(workdir)) == (
-        f"workdir={workdir} has no checkpoint yet; wait for the first or train longer."
-    )
+    assert sentence(load, str(workdir)) == (f"workdir={workdir} has no checkpoint yet; wait for the first or train longer.")
 
 
 def test_a_run_trained_on_other_devices(finished, tmp_path):

@@ -2,6 +2,7 @@
 
 Attention has a file of its own, `attention_test`.
 """
+
 import functools
 
 import jax
@@ -101,7 +102,9 @@ def test_a_gated_product(dtype):
     assert_close(products.gated(x, w, jax.nn.silu), jax.nn.silu(gate) * up, dtype)
 
 
-@pytest.mark.parametrize("size, temperature, top_p, candidates", [(5000, 1.0, 1.0, 3), (5000, 0.7, 0.9, 2), (1500, 1.3, 1.0, 0), (37, 1.0, 0.5, 5)])
+@pytest.mark.parametrize(
+    "size, temperature, top_p, candidates", [(5000, 1.0, 1.0, 3), (5000, 0.7, 0.9, 2), (1500, 1.3, 1.0, 0), (37, 1.0, 0.5, 5)]
+)
 def test_one_pass_over_logits_tells_what_several_do(size, temperature, top_p, candidates):
     logits = 3 * normal(size, 2, 4, size)
     logits = logits.at[0, :2, 5:9].set(-jnp.inf).at[1, 3, 3:].set(-jnp.inf)  # fewer tokens than candidates
@@ -174,8 +177,10 @@ def test_kernels_compile_for_a_gpu(monkeypatch):
         (functools.partial(products.gated, activation=jax.nn.silu), (half((128, 1536)), half((1536, 2, 8960)))),
         (lambda *x: products.add_norm(*x, 1e-6, False), (half((128, 1536)), f32((5, 128, 1536)), half((1536,)))),
         (lambda *x: products.add_norm(*x, 1e-6, False, narrow=True), (half((128, 1536)), f32((5, 128, 1536)), half((1536,)))),
-        (lambda *x: products.narrow_product(x[:2], x[2:], jnp.bfloat16, lambda gate, up: jax.nn.silu(gate) * up),
-         (int8((128, 1536)), f32((128,)), int8((2, 8960, 1536)), f32((2, 8960)))),
+        (
+            lambda *x: products.narrow_product(x[:2], x[2:], jnp.bfloat16, lambda gate, up: jax.nn.silu(gate) * up),
+            (int8((128, 1536)), f32((128,)), int8((2, 8960, 1536)), f32((2, 8960))),
+        ),
     ]:
         text = jax.jit(function).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
         assert "triton" in text

@@ -1,4 +1,5 @@
 """Launchers against stand-ins for gcloud, srun, ssh and the trainer: what they run, and what they make of failures."""
+
 import json
 import os
 import pathlib
@@ -145,7 +146,12 @@ def test_gpu_over_ssh(place):
 
 def test_gpu_over_ssh_with_a_process_that_fails(place):
     """The others are told to end, and the failed one's status and host are given."""
-    local(place, 'if [[ $HOST == two ]]; then sleep 0.5; exit 3; fi; trap "echo ended $HOST >>' + str(place) + '/log; exit 1" TERM; for i in {1..600}; do sleep 0.1; done')
+    local(
+        place,
+        'if [[ $HOST == two ]]; then sleep 0.5; exit 3; fi; trap "echo ended $HOST >>'
+        + str(place)
+        + '/log; exit 1" TERM; for i in {1..600}; do sleep 0.1; done',
+    )
     status, _, errors = launch(place, "gpu.sh", *FLAGS, HOSTS="one two three")
     assert status == 3
     assert "treerl: the process on two ended with status 3; the others are ended too." in errors
@@ -295,7 +301,10 @@ def test_pod_whose_workers_cannot_be_set_up(place):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["create", *POD, "--type=v4-8"], "gcloud is not installed: see https://cloud.google.com/sdk/docs/install, then gcloud auth login."),
+        (
+            ["create", *POD, "--type=v4-8"],
+            "gcloud is not installed: see https://cloud.google.com/sdk/docs/install, then gcloud auth login.",
+        ),
         (["create", "--name=pod"], "--name and --zone are missing: give the pod's name and its zone."),
         (["create", *POD], "--type is missing: give an accelerator type, such as --type=v5litepod-64."),
         (["fly", *POD], "'fly' is no command: give create, wait, setup, run, tail, status, stop, delete or all."),

@@ -1,4 +1,5 @@
 """The rows of the design: who may import whom, who may read the config, what lies where."""
+
 import ast
 import os
 import pathlib
@@ -95,9 +96,7 @@ def config_readers(folder: pathlib.Path, sections: set[str]) -> list[str]:
         if unit(name) in READS_CONFIG:
             continue
         found += [
-            f"{name}:{line}: imports treerl.config"
-            for line, target in imports(file, name, code, modules)
-            if unit(target) == "config"
+            f"{name}:{line}: imports treerl.config" for line, target in imports(file, name, code, modules) if unit(target) == "config"
         ]
         for node in ast.walk(code):
             if isinstance(node, ast.Attribute) and node.attr in sections:
@@ -168,10 +167,7 @@ def test_the_config_rule_catches(tmp_path, text):
 
 
 def test_training_never_imports_tensorflow_or_torch():
-    code = (
-        "import sys, treerl.train, treerl.tasks.countdown\n"
-        f"print(sorted(set(m.split('.')[0] for m in sys.modules) & set({FORBIDDEN})))"
-    )
+    code = f"import sys, treerl.train, treerl.tasks.countdown\nprint(sorted(set(m.split('.')[0] for m in sys.modules) & set({FORBIDDEN})))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip().splitlines()[-1] == "[]"
 
@@ -213,3 +209,9 @@ def test_top_level_holds_only_what_was_agreed():
     files = git("ls-files") + git("ls-files", "--others", "--exclude-standard")
     tops = {path.split("/")[0] for path in files}
     assert {top for top in tops if not top.startswith(".")} == TOP_LEVEL
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff_has_nothing_to_say(command):
+    ruff = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
+    assert ruff.returncode == 0, ruff.stdout + ruff.stderr

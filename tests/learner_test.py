@@ -9,8 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 from experiments.countdown import get_config
-from treerl import attention, learner, losses, packing, step, tasks
-from treerl import tree as T
+from treerl import attention, learner, losses, packing, step, tasks, tree as T
 from treerl.models.policy import make_policy, packed_hidden, token_logps
 from treerl.models.transformer import Model, TransformerConfig
 from treerl.optimizer import make_optimizer
@@ -18,11 +17,7 @@ from treerl.sharding import AXES
 from treerl.types import Cells, Prompts, TrainState
 
 ROWS, SLOTS, WIDTH, VOCAB, TREES = 7, 5, 4, 9, 6
-MODEL = Model(
-    TransformerConfig(
-        vocab=VOCAB, layers=2, width=16, heads=4, kv_heads=2, head_dim=4, hidden=24, qk_norm=True, qkv_bias=True
-    )
-)
+MODEL = Model(TransformerConfig(vocab=VOCAB, layers=2, width=16, heads=4, kv_heads=2, head_dim=4, hidden=24, qk_norm=True, qkv_bias=True))
 
 
 @pytest.fixture
@@ -119,9 +114,7 @@ def packed(params, tree, prompts, credit, include=None, **sizes):
     def run(params, tree, prompts, credit):
         bins = learner.pack(f, tree, prompts, credit, include)
         knobs = dict(temperature=jnp.float32(1), clip_low=0.2, clip_high=0.2)
-        grads, (loss, _, _) = learner.gradient(
-            f, learner.policy_objective(f, knobs), params, bins, jnp.sum(credit[2])
-        )
+        grads, (loss, _, _) = learner.gradient(f, learner.policy_objective(f, knobs), params, bins, jnp.sum(credit[2]))
         return loss, grads, bins
 
     return run(params, tree, prompts, credit)
@@ -156,9 +149,7 @@ DEEP = {"fork": 0.9, "end": 0.02, "prune": 0.02, "roots": 1}
 def test_packed_loss_and_gradient_equal_flattened_ones(optimised, params, options, bin_tokens, bins_per_step):
     tree, prompts, credit, weight = batch(bin_tokens, **options)
     want = flattened(params, tree, prompts, credit, weight)
-    loss, grads, bins = packed(
-        params, tree, prompts, spread(tree, credit, weight), bin_tokens=bin_tokens, bins_per_step=bins_per_step
-    )
+    loss, grads, bins = packed(params, tree, prompts, spread(tree, credit, weight), bin_tokens=bin_tokens, bins_per_step=bins_per_step)
     assert_close((loss, grads), want)
     assert_close(jnp.sum(bins.weight), jnp.sum(spread(tree, credit, weight)[2]))
     if options == {"fork": 0.0}:
@@ -429,8 +420,17 @@ def test_a_supervised_update_that_is_not_finite_changes_nothing(params, monkeypa
 
 
 def test_unknown_names_are_refused():
-    for section, field in (("advantage", "name"), ("branching", "rule"), ("pruning", "rule"), ("learner", "aggregation"), ("learner", "objective"),
-                           ("learner", "kl_estimate"), ("learner", "proximal"), ("learner", "forced"), ("learner", "importance")):
+    for section, field in (
+        ("advantage", "name"),
+        ("branching", "rule"),
+        ("pruning", "rule"),
+        ("learner", "aggregation"),
+        ("learner", "objective"),
+        ("learner", "kl_estimate"),
+        ("learner", "proximal"),
+        ("learner", "forced"),
+        ("learner", "importance"),
+    ):
         config = get_config()
         config[section][field] = "magic"
         with pytest.raises(ValueError, match=f"{section}.{field}='magic' is unknown; known are "):

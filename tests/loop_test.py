@@ -1,4 +1,5 @@
 """The host loop on text: samples.jsonl, runs killed and resumed, the other entry points, memory, and bad input end to end."""
+
 import json
 import os
 import pathlib
@@ -70,7 +71,11 @@ def train(folder, name, workdir=None, **changes) -> subprocess.Popen:
 
 
 def story(workdir) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in metrics.read(workdir / "metrics.jsonl") if line["step"]]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+        for line in metrics.read(workdir / "metrics.jsonl")
+        if line["step"]
+    ]
 
 
 @pytest.fixture(scope="module")

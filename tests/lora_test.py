@@ -1,4 +1,5 @@
 """Adapters of low rank: they change what they say they change, are trained alone, and disappear on export."""
+
 import functools
 import tempfile
 
@@ -11,7 +12,6 @@ import pytest
 from sharding_test import Tiny, one_device, quick_compiles
 
 from treerl import attention
-from treerl import step as S
 from treerl.models import families, weights
 from treerl.models.policy import make_policy
 from treerl.models.transformer import INPUTS, LORA, Model
@@ -175,6 +175,4 @@ def test_an_exported_model_has_no_adapters(tmp_path):
     params = model.join(disturbed(model.split(params)[0]), model.split(params)[1])
     weights.save(str(tmp_path / "out"), model.fold(params), model.plain)
     again = Model(families.from_folder(str(tmp_path / "out")))
-    np.testing.assert_array_equal(
-        logits(again, weights.load(str(tmp_path / "out"), again)), logits(model.plain, model.fold(params))
-    )
+    np.testing.assert_array_equal(logits(again, weights.load(str(tmp_path / "out"), again)), logits(model.plain, model.fold(params)))

@@ -1,4 +1,5 @@
 """Objectives: by hand, and packed trees against every rollout as a row of its own."""
+
 import functools
 
 import jax
@@ -10,14 +11,11 @@ import oracles
 import pytest
 from learner_test import MODEL, ROWS, SLOTS, TREES, WIDTH, assert_close, fns, params  # noqa: F401 (fixtures)
 
-from treerl import learner, losses, packing, rewards, step
-from treerl import tree as T
+from treerl import learner, losses, packing, rewards, step, tree as T
 from treerl.advantages import compose, dr_grpo
 from treerl.optimizer import scale_by_ess
 
-KNOBS = dict(
-    temperature=jnp.float32(1), clip_low=0.2, clip_high=0.28, dual_clip=jnp.inf, importance_cap=jnp.float32(0.9), kl=0.5
-)
+KNOBS = dict(temperature=jnp.float32(1), clip_low=0.2, clip_high=0.28, dual_clip=jnp.inf, importance_cap=jnp.float32(0.9), kl=0.5)
 
 
 def row_loss(params, data, *, objective, aggregation, forced, importance, kl=None, reference=None, dual=np.inf):
@@ -88,7 +86,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("objective, aggregation, forced, importance", CASES)
-def test_packed_objective_equals_flattened_rollouts(params, objective, aggregation, forced, importance):  # noqa: F811
+def test_packed_objective_equals_flattened_rollouts(params, objective, aggregation, forced, importance):
     """Loss and gradient, with ratios far from 1, forced tokens, log-probs of a truncated sampler and a leaf left out."""
     tree, prompts, credit, _ = base.batch(3, fork=0.6)
     drift = jax.random.uniform(jax.random.key(1), tree.token.shape, minval=-0.4, maxval=0.4)
@@ -103,7 +101,7 @@ def test_packed_objective_equals_flattened_rollouts(params, objective, aggregati
 
 
 @pytest.mark.parametrize("name", sorted(losses.KL))
-def test_packed_kl_equals_flattened_rollouts(params, name):  # noqa: F811
+def test_packed_kl_equals_flattened_rollouts(params, name):
     tree, prompts, credit, _ = base.batch(4)
     reference = jax.tree.map(lambda p: p + 0.1, params)
     weight = jax.vmap(T.leaf_valid)(tree).astype(jnp.float32)
@@ -112,7 +110,7 @@ def test_packed_kl_equals_flattened_rollouts(params, name):  # noqa: F811
     assert_close(packed(params, tree, prompts, credit, weight, chosen(**how), reference), want)
 
 
-def test_packed_dual_clip_equals_flattened_rollouts(params):  # noqa: F811
+def test_packed_dual_clip_equals_flattened_rollouts(params):
     tree, prompts, credit, _ = base.batch(5)
     tree = tree.replace(logp_policy=tree.logp_policy - 2)  # ratios far above 1
     weight = jax.vmap(T.leaf_valid)(tree).astype(jnp.float32)
@@ -124,7 +122,7 @@ def test_packed_dual_clip_equals_flattened_rollouts(params):  # noqa: F811
     assert abs(float(free[0] - want[0])) > 1e-2
 
 
-def test_at_ratio_one_all_objectives_have_the_gradient_of_the_log_likelihood(params):  # noqa: F811
+def test_at_ratio_one_all_objectives_have_the_gradient_of_the_log_likelihood(params):
     """REINFORCE's, for GSPO with the weights of sequences."""
     tree, prompts, credit, _ = base.batch(6)
     f = chosen("ppo")
@@ -140,10 +138,11 @@ def test_at_ratio_one_all_objectives_have_the_gradient_of_the_log_likelihood(par
         assert max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(found["ppo"])) > 1e-3
 
 
-def test_log_probs_come_back_to_their_cells(params):  # noqa: F811
+def test_log_probs_come_back_to_their_cells(params):
     tree, prompts, _, _ = base.batch(7, fork=0.8)
     for size in (ROWS + WIDTH, 64):
-        got = jax.jit(lambda t, f=fns(bin_tokens=size): learner.cell_logps(f, params, t, prompts, jnp.float32(1)))(tree)
+        f = fns(bin_tokens=size)
+        got = jax.jit(lambda t: learner.cell_logps(f, params, t, prompts, jnp.float32(1)))(tree)
         tokens, _, _, _, real, length, which, leaf = base.rollout_rows(tree, prompts)
         logp = base.row_logps(params, tokens, length)
         for row in range(tokens.shape[0]):
@@ -154,7 +153,7 @@ def test_log_probs_come_back_to_their_cells(params):  # noqa: F811
         assert not np.any(np.asarray(got)[~np.asarray(jax.vmap(T.kept)(tree))])
 
 
-def test_what_else_could_have_been_drawn(params):  # noqa: F811
+def test_what_else_could_have_been_drawn(params):
     """Of every kept cell, likeliest first; the drawn token's probability is that of its log-prob, siblings had the same choice."""
     tree, prompts, _, _ = base.batch(7, fork=0.8)
     f, one = fns(bin_tokens=64), jnp.float32(1.3)
@@ -171,7 +170,7 @@ def test_what_else_could_have_been_drawn(params):  # noqa: F811
         np.testing.assert_allclose(chance[b, s, k], chance[b, s, twin], rtol=1e-4)
 
 
-def test_repeated_context_writes_no_cell(params):  # noqa: F811
+def test_repeated_context_writes_no_cell(params):
     tree, prompts, _, _ = base.batch(7, fork=0.8)
     ones = jax.vmap(T.kept)(tree).astype(jnp.float32)
     bins = jax.tree.map(lambda x: x[0], base.lay_out(tree, prompts, (ones, ones, ones)))
@@ -180,7 +179,7 @@ def test_repeated_context_writes_no_cell(params):  # noqa: F811
     np.testing.assert_array_equal(packing.unpack(jnp.where(repeated, 99.0, 1.0), bins, ones), ones)
 
 
-def test_gradient_norms_are_those_of_each_rollout(params):  # noqa: F811
+def test_gradient_norms_are_those_of_each_rollout(params):
     tree, prompts, _, _ = base.batch(8)
     got = jax.jit(lambda t: learner.gradient_norms(fns(), params, t, prompts, jnp.float32(1)))(tree)
     tokens, _, _, _, real, length, which, leaf = base.rollout_rows(tree, prompts)
@@ -266,7 +265,12 @@ def test_effective_share_of_rollouts():
 
 def test_updates_shrink_with_the_effective_sample_size():
     updates = {"a": jnp.array([1.0, -2.0])}
-    for rule, ess, base_, factor in (("sqrt", 0.25, 1.0, 0.5), ("linear", 0.25, 1.0, 0.25), ("sqrt", 0.5, 0.25, 1.0), ("sqrt", 0.125, 0.5, 0.5)):
+    for rule, ess, base_, factor in (
+        ("sqrt", 0.25, 1.0, 0.5),
+        ("linear", 0.25, 1.0, 0.25),
+        ("sqrt", 0.5, 0.25, 1.0),
+        ("sqrt", 0.125, 0.5, 0.5),
+    ):
         transform = scale_by_ess(base_, rule=rule)
         got, _ = transform.update(updates, transform.init(updates), ess=jnp.float32(ess))
         np.testing.assert_allclose(got["a"], factor * updates["a"], rtol=1e-6)
@@ -274,7 +278,7 @@ def test_updates_shrink_with_the_effective_sample_size():
     assert chain.update(updates, chain.init(updates))[0]["a"][0] == 1  # no ess given, as in the warm start
 
 
-def test_credit_carries_no_gradient(params):  # noqa: F811
+def test_credit_carries_no_gradient(params):
     """Multipliers read log-probs that a gradient could flow through; none does."""
     tree, _, _, _ = base.batch(9)
     reward = jax.random.uniform(jax.random.key(0), (TREES, SLOTS))

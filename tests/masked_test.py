@@ -1,4 +1,5 @@
 """Masked statistics against numpy.ma."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,5 @@
 """The mesh and the rules of `treerl.sharding`, on devices that stand for real ones; loud on every mistake."""
+
 import jax
 import numpy as np
 import pytest

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from treerl import metrics
-from treerl import tree as T
+from treerl import metrics, tree as T
 from treerl.sampler import Stats
 
 

@@ -1,4 +1,5 @@
 """The transformer against a plain NumPy forward of the Llama / Qwen family."""
+
 import dataclasses
 import functools
 
@@ -13,9 +14,7 @@ from treerl.models.policy import make_policy
 from treerl.models.presets import PRESETS
 from treerl.models.transformer import Block, Llama3Scaling, Model, TransformerConfig, frequencies
 
-TINY = TransformerConfig(
-    vocab=11, layers=3, width=12, heads=6, kv_heads=2, head_dim=4, hidden=20, rope_theta=500.0, norm_eps=1e-3
-)
+TINY = TransformerConfig(vocab=11, layers=3, width=12, heads=6, kv_heads=2, head_dim=4, hidden=20, rope_theta=500.0, norm_eps=1e-3)
 
 
 def forward(config, params, tokens):

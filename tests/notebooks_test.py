@@ -1,4 +1,5 @@
 """The notebooks run from top to bottom, and are in the state in which a reader opens them."""
+
 import ast
 import importlib.util
 import os
@@ -71,7 +72,9 @@ def test_its_first_code_installs_in_colab_and_does_nothing_elsewhere(name, tmp_p
 def test_every_section_says_what_it_is_about(name):
     for cell in read(name).cells:
         if cell.cell_type == "markdown":
-            assert all(len(text.splitlines()) > 2 for text in re.split(r"^(?=#+ )", cell.source, flags=re.M) if text.startswith("#")), cell.source
+            assert all(len(text.splitlines()) > 2 for text in re.split(r"^(?=#+ )", cell.source, flags=re.M) if text.startswith("#")), (
+                cell.source
+            )
 
 
 @every

@@ -1,9 +1,9 @@
 """Slow, plain-Python truths that the fast code is compared with."""
+
 import jax
 import numpy as np
 
 from treerl import tree as T
-
 
 _from_parents = jax.jit(T.from_parents)
 
@@ -104,6 +104,4 @@ def levenshtein(a, b) -> int:
     """Edit distance by the textbook recursion."""
     if not len(a) or not len(b):
         return len(a) + len(b)
-    return min(
-        levenshtein(a[1:], b) + 1, levenshtein(a, b[1:]) + 1, levenshtein(a[1:], b[1:]) + int(a[0] != b[0])
-    )
+    return min(levenshtein(a[1:], b) + 1, levenshtein(a, b[1:]) + 1, levenshtein(a[1:], b[1:]) + int(a[0] != b[0]))

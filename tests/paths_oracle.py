@@ -2,6 +2,7 @@
 
 tokens [2, T]: a prompt, then `shared` tokens that are the same in both, then each one's own.
 """
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,5 @@
 """Peers of the benchmarks: what is missing or fails costs a line; the rest needs their packages and is skipped without them."""
+
 import json
 import subprocess
 import sys

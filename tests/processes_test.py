@@ -1,4 +1,5 @@
 """Several processes of one run on this machine: they give the numbers of one, agree, and say what is wrong."""
+
 import json
 import os
 import pathlib
@@ -190,7 +191,11 @@ def test_a_tpu_vm_is_left_to_jax(monkeypatch):
 
 
 def story(workdir: pathlib.Path, name="metrics.jsonl") -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in metrics.read(workdir / name) if line["step"]]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+        for line in metrics.read(workdir / name)
+        if line["step"]
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 """What standard error shows of a loop, on a terminal and in a log."""
+
 import io
 import re
 import sys

@@ -1,4 +1,5 @@
 """Prompts: the stream of examples, its resumption, and padding."""
+
 import dataclasses
 
 import jax
@@ -6,8 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from treerl import prompts as P
-from treerl import sharding
+from treerl import prompts as P, sharding
 from treerl.errors import UserError
 from treerl.tasks import Encoded, Task
 from treerl.tokenizers import CharTokenizer
@@ -113,17 +113,13 @@ def test_encode_answers_pads_and_keeps_the_end():
 def test_too_long_a_prompt():
     with pytest.raises(ValueError) as error:
         P.encode(TASK, EXAMPLES, np.arange(3), width=4)
-    assert str(error.value) == (
-        "a prompt of 5 tokens is longer than sampler.prompt_length=4; raise sampler.prompt_length."
-    )
+    assert str(error.value) == ("a prompt of 5 tokens is longer than sampler.prompt_length=4; raise sampler.prompt_length.")
 
 
 def test_too_long_an_answer():
     with pytest.raises(ValueError) as error:
         P.encode_answers(TASK, EXAMPLES, width=3)
-    assert str(error.value) == (
-        "a reference answer of 4 tokens is longer than sampler.answer_length=3; raise sampler.answer_length."
-    )
+    assert str(error.value) == ("a reference answer of 4 tokens is longer than sampler.answer_length=3; raise sampler.answer_length.")
 
 
 def test_place_keeps_values_and_places_them():

@@ -1,4 +1,5 @@
 """Edit distances against the textbook, and the similarity rule against its definition."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,8 +7,7 @@ import oracles
 import pytest
 import sampler_test
 
-from treerl import pruning
-from treerl import tree as T
+from treerl import pruning, tree as T
 from treerl.types import ACTIVE, DONE, Lines, empty_lines
 
 

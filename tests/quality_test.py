@@ -1,4 +1,5 @@
 """The quality head, and what pruning by its scores does to the training step."""
+
 import functools
 
 import chex
@@ -9,11 +10,8 @@ import optax
 import pytest
 from sharding_test import CHANGES, Tiny, compile_events, numbers, one_device, quick_compiles, with_trees
 
-from treerl import pruning, survival
-from treerl import step as S
-from treerl import tree as T
-from treerl.experiment import credit as credit_of_cells
-from treerl.experiment import grow
+from treerl import pruning, step as S, survival, tree as T
+from treerl.experiment import credit as credit_of_cells, grow
 from treerl.models.policy import packed_hidden
 from treerl.models.quality import QualityHead
 from treerl.sampler import Seen
@@ -273,9 +271,7 @@ def test_samples_vote_by_their_answer_and_by_the_score_of_their_end(pruned):
     run = jax.jit(functools.partial(S.evaluate_sample, t.fns, samples=4))
     drawn, found = jax.device_get(run(state.params, quality, t.prompts(), jax.random.key(3), t.knobs))
     answer = np.asarray(S.grade(t.fns, drawn, t.prompts()).key)
-    tree, _, seen, *_ = jax.jit(functools.partial(S.rollout, t.fns, slots=4))(
-        state.params, t.prompts(), jax.random.key(3), 0, t.knobs
-    )
+    tree, _, seen, *_ = jax.jit(functools.partial(S.rollout, t.fns, slots=4))(state.params, t.prompts(), jax.random.key(3), 0, t.knobs)
     assert not np.any(np.asarray(tree.end) == T.DROPPED) and found["valid"].all()
     np.testing.assert_allclose(found["score"], t.fns.quality.head.score(params, seen.hidden), rtol=1e-5)
     assert found["score"].std() > 0

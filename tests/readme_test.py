@@ -1,4 +1,5 @@
 """What the README shows can be run, and what can be chosen stands in it."""
+
 import ast
 import functools
 import pathlib
@@ -7,15 +8,12 @@ import re
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
-
 from agents_test import experiment as agents
 from host_test import GRADERS, tiny
+from ml_collections import ConfigDict
 from sharding_test import Tiny, one_device
-from treerl import config as C
-from treerl import functions as F
-from treerl import report
-from treerl import step as S
+
+from treerl import config as C, functions as F, report, step as S
 from treerl.advantages import ESTIMATORS, MULTIPLIERS
 from treerl.experiment import Experiment, named
 from treerl.graders import FAULTS

@@ -7,10 +7,9 @@ from fnmatch import fnmatch
 import jax
 import numpy as np
 import pytest
-
 from sharding_test import Tiny, one_device
-from treerl import report
-from treerl import step as S
+
+from treerl import report, step as S
 from treerl.errors import UserError
 
 EVIL = '<script>alert("1")</script> & {x} $y_1$'
@@ -52,7 +51,9 @@ def drawn(page) -> list[list[tuple[str, list[str]]]]:
 
 def test_report_escapes_everything(tmp_path):
     lines = [{"step": i, "reward" + EVIL: float(i), EVIL + "@1": 0.5} for i in range(3)]
-    evil = dict(config={EVIL: EVIL}, trees=[tree(caption=EVIL, text=EVIL, page=EVIL)], history=lines, notes=[EVIL], starts=[dict(devices=EVIL)])
+    evil = dict(
+        config={EVIL: EVIL}, trees=[tree(caption=EVIL, text=EVIL, page=EVIL)], history=lines, notes=[EVIL], starts=[dict(devices=EVIL)]
+    )
     page = write(tmp_path / "report.html", run(EVIL, **evil))
     assert "<script" not in page
     escaped = "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; {x} $y_1$"

@@ -2,6 +2,7 @@
 
 Run as a program it grades on eight simulated devices, see `test_each_shard_is_graded_once_by_its_own_data`.
 """
+
 import os
 import pathlib
 import subprocess
@@ -12,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from oracles import leaf_cells, random_tree
-from treerl import rewards, sharding
-from treerl import tree as T
+
+from treerl import rewards, sharding, tree as T
 from treerl.tasks import HostGraders
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -231,9 +231,7 @@ def main(folder: str):
             else:
                 graded = jax.jit(lambda tree, rows: rewards.by_callback(host, tree, rows, mesh))(tree, rows)
             assert all(x.sharding.is_equivalent_to(sharding.trees(mesh), x.ndim) for x in graded)
-            equal = all(
-                np.array_equal(shard.data, np.asarray(x)[shard.index]) for x in graded for shard in x.addressable_shards
-            )
+            equal = all(np.array_equal(shard.data, np.asarray(x)[shard.index]) for x in graded for shard in x.addressable_shards)
             found[name, way] = rewards.Graded(*map(np.asarray, graded)), recorder.calls, equal
     np.savez(os.path.join(folder, "eight.npz"), found=np.array(found, dtype=object))
 

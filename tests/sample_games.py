@@ -1,4 +1,5 @@
 """Games that go right and wrong in every way, as a module of a user's; processes that play import it."""
+
 import os
 import pathlib
 import subprocess

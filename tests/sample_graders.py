@@ -1,4 +1,5 @@
 """Graders that go wrong in every way, as a module of a user's; processes that grade import it."""
+
 import os
 import pathlib
 import subprocess

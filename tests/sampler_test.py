@@ -1,4 +1,5 @@
 """The sampler driven by a table of known probabilities: no model, every number recomputable."""
+
 import functools
 
 import jax
@@ -7,8 +8,7 @@ import numpy as np
 import oracles
 import pytest
 
-from treerl import branching, nucleus, pruning, sampler
-from treerl import tree as T
+from treerl import branching, nucleus, pruning, sampler, tree as T
 from treerl.types import ACTIVE, FREE, Births, Branching, Policy, Prompts, Pruning, empty_lines
 
 VOCAB, EOS = 6, 1
@@ -44,16 +44,12 @@ def grow(logits, key, index, *, rule, prune="none", windows=(3,), segment=4, len
          eos=(EOS,)):  # fmt: skip
     rules = {
         "stochastic": branching.stochastic,
-        "lookahead": lambda: branching.lookahead(
-            tau_abs=tau_abs, tau_rel=tau_rel, share=share, fill_after=fill_after, greedy=greedy
-        ),
+        "lookahead": lambda: branching.lookahead(tau_abs=tau_abs, tau_rel=tau_rel, share=share, fill_after=fill_after, greedy=greedy),
         "chaos": lambda: chaos(key),
     }
     prunes = {"none": pruning.none, "similarity": lambda: pruning.similarity(windows=windows, tau_ed=tau_ed)}
     prunes["chaos"] = lambda: chaos_prune(key)
-    pad = Prompts(
-        token=jnp.full((index.shape[0], 3), 2), length=jnp.full(index.shape[0], 2), index=index, data={}
-    )
+    pad = Prompts(token=jnp.full((index.shape[0], 3), 2), length=jnp.full(index.shape[0], 2), index=index, data={})
     return sampler.sample(
         markov(logits), rules[rule](), prunes[prune](), pad, key, slots=slots, rows=S, budget=budget,
         segment=segment, lengths=lengths, temperature=jnp.float32(temperature), top_p=jnp.float32(top_p),
@@ -276,9 +272,7 @@ def test_the_same_prompt_twice_gives_different_trees():
 @pytest.mark.parametrize("lengths, segment", [((S,), 3), ((4, 8, S), 4), ((6, S), 2)])
 def test_segments_and_row_bounds_change_nothing(lengths, segment):
     want, _ = grow(table(2), jax.random.key(0), jnp.arange(B), rule="lookahead", budget=2 * S)
-    got, _ = grow(
-        table(2), jax.random.key(0), jnp.arange(B), rule="lookahead", lengths=lengths, segment=segment, budget=2 * S
-    )
+    got, _ = grow(table(2), jax.random.key(0), jnp.arange(B), rule="lookahead", lengths=lengths, segment=segment, budget=2 * S)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -308,9 +302,7 @@ def test_empty_slots_are_filled_from_the_prompt_after_fill_after_iterations():
         )  # fmt: skip
         assert np.all(short.leaf[:, 1:, 0] == -1) and np.all(short.leaf[:, 0, 0] == S - 1)
     # with share 0.4 two slots grow a tree: one fork fills them, and the plain lines never fork
-    mixed, stats = grow(
-        uniform, jax.random.key(0), jnp.arange(B), rule="lookahead", share=0.4, tau_abs=0.0, tau_rel=2.0, eos=(-1,)
-    )
+    mixed, stats = grow(uniform, jax.random.key(0), jnp.arange(B), rule="lookahead", share=0.4, tau_abs=0.0, tau_rel=2.0, eos=(-1,))
     assert np.all(stats.forks == 1) and np.all(np.asarray(mixed.parent)[:, 0] == -1)
     # after the prompt comes 3 and after 3 anything: the main line forks twice at row 1, the two slots
     # left are filled, and what pruned children free later goes to forks of other lines than the fills

@@ -2,11 +2,12 @@
 
 Run as a program it takes the step on simulated devices, see `test_devices_do_not_change_the_step`.
 """
+
 import contextlib
 import functools
 import os
-import re
 import pathlib
+import re
 import subprocess
 import sys
 from unittest import mock
@@ -18,9 +19,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from treerl import attention, sharding
-from treerl import prompts as P
-from treerl import step as S
+from treerl import attention, prompts as P, sharding, step as S
 from treerl.config import default
 from treerl.tasks import Encoded, Task
 from treerl.tokenizers import CharTokenizer
@@ -194,9 +193,7 @@ def token_loop_collectives(tiny) -> list[str]:
     nothing to communicate for a token.
     """
     state = tiny.state()
-    grow = lambda params, prompts, knobs, quality: S.rollout(
-        tiny.fns, params, prompts, jax.random.key(0), 0, knobs, quality=quality
-    )
+    grow = lambda params, prompts, knobs, quality: S.rollout(tiny.fns, params, prompts, jax.random.key(0), 0, knobs, quality=quality)
     jitted = jax.jit(grow, in_shardings=(tiny.shardings.params, tiny.trees, tiny.whole, tiny.whole))
     text = jitted.lower(state.params, tiny.prompts(), tiny.knobs, state.quality).compile().as_text()
     kinds = r"= \S+ (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[^(]*\("
@@ -352,9 +349,7 @@ def test_prompts_that_do_not_divide(monkeypatch):
     monkeypatch.setattr(sharding, "tree_shards", lambda mesh: 3)
     with pytest.raises(ValueError) as error:
         S.make_fns(tiny_config(), tiny_task(), one_device())
-    assert str(error.value) == (
-        "sampler.prompts=8 does not divide over mesh.data x mesh.fsdp = 3 shards; make it a multiple."
-    )
+    assert str(error.value) == ("sampler.prompts=8 does not divide over mesh.data x mesh.fsdp = 3 shards; make it a multiple.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The shop in plain Python: words in, words out."""
+
 from treerl.environments.shop import COLORS, MATERIALS, PER_PAGE, PRICES, SIZES, STYLES, TOKENIZER, TYPES
 
 KEYS = TYPES + MATERIALS + STYLES

@@ -3,6 +3,7 @@
 `python tests/smollm2_oracle.py FOLDER` (needs torch and transformers; FOLDER is the converted model, see
 `treerl.models.sources.resolve`) records them into smollm2_golden.npz, and prints how exact they are.
 """
+
 import pathlib
 import sys
 

@@ -1,4 +1,5 @@
 """A real model: SmolLM2-135M-Instruct against what transformers gave for it, see smollm2_oracle.py."""
+
 import importlib.util
 import shutil
 
@@ -9,8 +10,7 @@ import paths_oracle
 import pytest
 import smollm2_oracle as O
 
-from treerl import branching, pruning, sampler
-from treerl import tree as T
+from treerl import branching, pruning, sampler, tree as T
 from treerl.models import families, sources, weights
 from treerl.models.policy import make_policy
 from treerl.models.transformer import Model

@@ -1,4 +1,5 @@
 """Where models come from; the hub is a stand-in, or out of reach."""
+
 import os
 import threading
 import time

@@ -1,4 +1,5 @@
 """Signals and slow steps, as the host loop hears of them."""
+
 import os
 import signal
 import subprocess

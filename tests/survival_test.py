@@ -1,4 +1,5 @@
 """Calibration against frequencies, survival rules against plain loops and their own promises."""
+
 import fractions
 import functools
 import itertools
@@ -374,7 +375,7 @@ def test_one_removal_of_balance_is_the_best_and_many_need_not_be():
     """Theorem 4.2 is about one removal; of several, greedy is never better than the best subset and mostly near it."""
     q, _ = groups(14, 60, 7, share=1.0)
     gap = lambda subset: abs(np.mean(subset, dtype=np.float64) - 0.5)
-    worse = []
+    worse, previous = [], None
     for count in (6, 5, 4, 3, 2):
         keep, _ = apply(V.balance, q, kappa=count / 7)
         assert np.all(keep.sum(1) == count)

@@ -1,4 +1,5 @@
 """Text tasks: where examples come from, what the model reads, how answers are graded, and mistakes in files and fields."""
+
 import json
 import pathlib
 import subprocess
@@ -73,9 +74,7 @@ SHOTS = (("1 + 1?", "2"), ("{prompt} {}?", "3 {0}"))
 def test_a_prompt_without_a_template():
     task = make(system="Be brief.", shots=SHOTS, template="{Q}: {prompt} A:")
     example = dict(row=0, prompt="4 {x} {prompt}?", answer="5", completion=None)
-    assert read(task, example) == (
-        "Be brief.\n\n{Q}: 1 + 1? A:\n2\n\n{Q}: {prompt} {}? A:\n3 {0}\n\n{Q}: 4 {x} {prompt}? A:\n"
-    )
+    assert read(task, example) == ("Be brief.\n\n{Q}: 1 + 1? A:\n2\n\n{Q}: {prompt} {}? A:\n3 {0}\n\n{Q}: 4 {x} {prompt}? A:\n")
     assert read(make(), example) == "4 {x} {prompt}?\n"
 
 
@@ -165,8 +164,7 @@ def test_jsonl(tmp_path):
     path = write(tmp_path / "a.jsonl", *rows(7, level=3))
     task = make("jsonl", source=path, prompt="question", answer="solution", heldout_size=2)
     assert examples(task.train) == [
-        dict(row=i, prompt=f"{i} + 1?", answer=str(i + 1), completion=f"adding\n#### {i + 1}", metadata={"level": 3})
-        for i in range(5)
+        dict(row=i, prompt=f"{i} + 1?", answer=str(i + 1), completion=f"adding\n#### {i + 1}", metadata={"level": 3}) for i in range(5)
     ]
     assert [(e["row"], e["prompt"]) for e in examples(task.heldout)] == [(5, "5 + 1?"), (6, "6 + 1?")]
     assert task.tokenizer.decode(task.encode(task.train[0]).answer) == "adding\n#### 1"

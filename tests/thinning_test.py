@@ -1,4 +1,5 @@
 """Thinning against recursion over nodes and against all subsets of leaves, on random trees."""
+
 import math
 
 import advantages_oracle
@@ -8,8 +9,7 @@ import numpy as np
 import oracles
 import pytest
 
-from treerl import thinning
-from treerl import tree as T
+from treerl import thinning, tree as T
 
 TREES, ROWS, SLOTS = 1000, 7, 8
 
@@ -196,9 +196,7 @@ def objective(tree, score, share_cost, cover_gain, level, row):
 )  # fmt: skip
 def test_coverage_is_the_best_of_all_sets(batch, keep, share_cost, cover_gain, level, row):
     score = np.random.default_rng(5).normal(size=(TREES, SLOTS)).astype(np.float32) / 5
-    call = lambda tree, score, keep, a, b: thinning.coverage(
-        tree, score, keep=keep, share_cost=a, cover_gain=b, level=level, row=row
-    )
+    call = lambda tree, score, keep, a, b: thinning.coverage(tree, score, keep=keep, share_cost=a, cover_gain=b, level=level, row=row)
     got = jax.jit(jax.vmap(call, (0, 0, None, None, None)))(batch[1], score, keep, share_cost, cover_gain)
     sizes = set()
     for tree, score, stay in zip(batch[0][:250], score, np.asarray(got)):

@@ -2,6 +2,7 @@
 
 `python tests/tokenizers_oracle.py` (needs transformers) prints what is recorded in ENCODED and RENDERED.
 """
+
 import json
 import pathlib
 

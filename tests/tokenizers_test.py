@@ -1,4 +1,5 @@
 """The tokenizer of a published model, on a tiny one."""
+
 import os
 import pickle
 

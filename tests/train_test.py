@@ -1,4 +1,5 @@
 """The host loop as a user starts it: killed and started again, it tells the same story."""
+
 import json
 import os
 import pathlib
@@ -12,11 +13,11 @@ import time
 import jax
 import numpy as np
 import pytest
-
 from events_oracle import scalars
 from profiling_test import traced_steps
 from readme_test import rows_of
 from report_test import drawn
+
 from treerl import metrics
 from treerl.experiment import Experiment, load
 from treerl.workdir import claim, read_config, write_config
@@ -67,9 +68,7 @@ def environment(folder: pathlib.Path) -> dict[str, str]:
     return {name: value for name, value in (os.environ | changes).items() if name != "XLA_FLAGS"}
 
 
-def start(
-    folder: pathlib.Path, workdir: str, *flags: str, main=("-m", "launch.train"), **changes
-) -> subprocess.Popen:
+def start(folder: pathlib.Path, workdir: str, *flags: str, main=("-m", "launch.train"), **changes) -> subprocess.Popen:
     """Starts the training of SIZES in folder/workdir; runs of one folder share data and programs."""
     command = [sys.executable, *main, "--config=experiments/countdown.py"]
     command += [f"--workdir={folder / workdir}", f"--config.data_dir={folder / 'data'}"]
@@ -77,9 +76,7 @@ def start(
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by a shell's &; children would inherit it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     with open(folder / f"{workdir}.log", "a") as log:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment(folder), stdout=subprocess.PIPE, stderr=log, text=True
-        )
+        return subprocess.Popen(command, cwd=ROOT, env=environment(folder), stdout=subprocess.PIPE, stderr=log, text=True)
 
 
 def finish(run: subprocess.Popen, log: pathlib.Path) -> dict:
@@ -322,8 +319,7 @@ def test_a_workdir_of_another_experiment_is_refused(runs, tmp_path):
         claim(str(workdir), config)
     old = json.loads(written)["branching"]["tau_abs"]
     assert str(error.value) == (
-        f"workdir={workdir} belongs to a run with branching.tau_abs={old!r}, not 0.5; "
-        "give another --workdir, or the same config."
+        f"workdir={workdir} belongs to a run with branching.tau_abs={old!r}, not 0.5; give another --workdir, or the same config."
     )
     assert json.loads((workdir / "config.json").read_text())["branching"]["tau_abs"] == old
 

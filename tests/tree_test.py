@@ -1,4 +1,5 @@
 """The tree and its two sweeps against walks of parents one by one."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +9,7 @@ import pytest
 from treerl import tree as T
 
 TREES = 150
-ALGEBRA = jax.jit(
-    lambda t: dict(
-        kept=T.kept(t), count=T.leaf_count(t), depth=T.depth(t), heads=T.node_heads(t), forks=T.forks(t)
-    )
-)
+ALGEBRA = jax.jit(lambda t: dict(kept=T.kept(t), count=T.leaf_count(t), depth=T.depth(t), heads=T.node_heads(t), forks=T.forks(t)))
 
 
 @pytest.fixture(scope="module")

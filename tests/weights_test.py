@@ -1,4 +1,5 @@
 """Weights in and out of Hugging Face folders: bytes, shardings, dtypes, and what is wrong with a folder."""
+
 import json
 import os
 import pathlib

@@ -5,7 +5,8 @@ Each maker returns `attend(q, k, v, cache, window=None) -> (out, cache)` for one
 signature. A window (int32 scalar, may be traced: layers of one program differ in it) leaves a query
 those keys that lie fewer positions before it; None leaves all.
 """
-from typing import Callable
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -150,9 +151,7 @@ def dense(prompt_length: jax.Array, path: jax.Array, row: jax.Array, write: jax.
     return attend
 
 
-def fused(
-    prompt_length: jax.Array, path: jax.Array, row: jax.Array, write: jax.Array, rows: int, **options
-) -> Attend:
+def fused(prompt_length: jax.Array, path: jax.Array, row: jax.Array, write: jax.Array, rows: int, **options) -> Attend:
     """The same as `dense` in a kernel for GPUs, which reads the cells in use alone, see `pool_attention`.
 
     `rows` bounds nothing, and there are no windows. head_dim must be a power of two, at least 16.

@@ -3,6 +3,7 @@
 A rule's keyword-only arguments are numbers of the section `branching` (those of `lookahead`, traced, where it names
 them), or options of its own, with the type of their default.
 """
+
 import jax
 import jax.numpy as jnp
 

@@ -94,9 +94,7 @@ class Checkpoints:
           TypeError: a leaf is no array, or extra does not fit into JSON.
         """
         if self._read_only:
-            raise ValueError(
-                "these checkpoints were opened with read_only=True; open them without it to save."
-            )
+            raise ValueError("these checkpoints were opened with read_only=True; open them without it to save.")
         step, latest = int(step), self.latest_step
         if latest is not None and step < latest:
             raise ValueError(
@@ -210,9 +208,7 @@ def abstract(state, shardings=None):
     """
     if shardings is None:
         shardings = jax.tree.map(lambda x: getattr(x, "sharding", None) or _first_device(), state)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
-    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
 @contextlib.contextmanager
@@ -252,8 +248,7 @@ def _compare(folder: str, stored: dict, wanted: dict) -> None:
         shape, dtype = tuple(stored[path][0]), stored[path][1]
         if (shape, dtype) != (tuple(x.shape), str(x.dtype)):
             raise UserError(
-                f"checkpoint {folder} has {dtype}{list(shape)} at '{path}' where the state has "
-                f"{x.dtype}{list(x.shape)}; {advice}"
+                f"checkpoint {folder} has {dtype}{list(shape)} at '{path}' where the state has {x.dtype}{list(x.shape)}; {advice}"
             )
     for path in stored:
         if path not in wanted:
@@ -265,10 +260,7 @@ def _as_json(extra: dict) -> dict:
     try:
         return json.loads(json.dumps(extra))
     except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"extra does not fit into JSON ({error}); use plain Python numbers, "
-            "strings, lists and dicts."
-        ) from None
+        raise TypeError(f"extra does not fit into JSON ({error}); use plain Python numbers, strings, lists and dicts.") from None
 
 
 def _first_device():

@@ -3,6 +3,7 @@
 In the small pool every line stands on its own slot alone, from the prompt to its head: keys and values are
 gathered once (`Policy.gather`), and no line shares cells there. The tree keeps its own columns throughout.
 """
+
 from typing import NamedTuple
 
 import jax

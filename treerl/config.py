@@ -1,4 +1,5 @@
 """Every field of an experiment, with its default. Only `functions` and the host loop read the whole of it."""
+
 import ast
 import difflib
 import inspect
@@ -227,7 +228,17 @@ def default() -> ConfigDict:
     return config
 
 
-OPTIONS = ("environment.options", "text.options", "text.chat_options", "text.graders", "advantage.options", "advantage.multipliers", "branching.options", "pruning.options", "pruning.backward_options")  # checked where the functions that take them are known
+OPTIONS = (
+    "environment.options",
+    "text.options",
+    "text.chat_options",
+    "text.graders",
+    "advantage.options",
+    "advantage.multipliers",
+    "branching.options",
+    "pruning.options",
+    "pruning.backward_options",
+)  # checked where the functions that take them are known
 
 
 def fields(config, prefix: str = ""):
@@ -301,7 +312,9 @@ RULES = (
 def comments() -> dict[str, str]:
     """What `default` says of each field and section, by name: the comment beside it and below, up to the next."""
     source = inspect.getsource(default)
-    said = [(t.start[0], t.string.lstrip("# ")) for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
+    said = [
+        (t.start[0], t.string.lstrip("# ")) for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT
+    ]
     places = []  # (line, name), in order
     for node in ast.parse(source).body[0].body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
@@ -355,9 +368,7 @@ def check(config: ConfigDict) -> None:
                 raise UserError(f"{name}={given[name]!r} cannot work; set it to {must}.")
     lengths, rows = given["sampler.lengths"], given["sampler.answer_length"]
     if any(a >= b for a, b in zip(lengths, [*lengths[1:], rows])):
-        raise UserError(
-            f"sampler.lengths={lengths!r} must ascend and stay below sampler.answer_length={rows}; mend either."
-        )
+        raise UserError(f"sampler.lengths={lengths!r} must ascend and stay below sampler.answer_length={rows}; mend either.")
 
 
 def parse_arg(arg: str | None, **known) -> dict:

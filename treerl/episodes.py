@@ -1,4 +1,5 @@
 """Episodes in an environment, one a line of the sampler: whose word is next, what an action does, what is remembered."""
+
 from typing import Any, Literal
 
 import chex
@@ -47,7 +48,7 @@ def begin(environment: Environment, key: jax.Array, prompts: Prompts, anchor: Li
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(prompts.index)
     state, observation = jax.vmap(environment.reset)(keys, prompts.data)
     seen = jax.vmap(lambda *x: _identify(environment, anchor, *x))(state, observation)
-    batch, (O, A, turns) = prompts.token.shape[0], (environment.observation, environment.action, environment.horizon)
+    batch, A, turns = prompts.token.shape[0], environment.action, environment.horizon
     zero = jnp.zeros((batch, 1), jnp.int32)
     one = lambda x: x[:, None]
     worlds = Worlds(

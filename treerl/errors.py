@@ -1,4 +1,5 @@
 """Mistakes that a user can mend, as one sentence each."""
+
 import contextlib
 import errno
 import os

@@ -25,17 +25,12 @@ def pass_at_k(correct, samples: int, k: int) -> float:
     """
     correct = np.asarray(correct)
     if not 1 <= k <= samples:
-        raise ValueError(
-            f"pass@{k} cannot be estimated from {samples} samples a problem; use 1 <= k <= samples."
-        )
+        raise ValueError(f"pass@{k} cannot be estimated from {samples} samples a problem; use 1 <= k <= samples.")
     if correct.ndim != 1 or not correct.size:
-        raise ValueError(
-            f"correct has shape {list(correct.shape)}; give one count for each of N >= 1 problems."
-        )
+        raise ValueError(f"correct has shape {list(correct.shape)}; give one count for each of N >= 1 problems.")
     if not np.issubdtype(correct.dtype, np.integer) or correct.min() < 0 or correct.max() > samples:
         raise ValueError(
-            f"correct must hold whole numbers from 0 to samples = {samples}; "
-            f"found {correct.dtype} from {correct.min()} to {correct.max()}."
+            f"correct must hold whole numbers from 0 to samples = {samples}; found {correct.dtype} from {correct.min()} to {correct.max()}."
         )
     return float(np.mean([_any_right(int(c), samples, k) for c in correct]))
 
@@ -118,9 +113,7 @@ def _ballots(answer, valid) -> tuple[np.ndarray, np.ndarray]:
     """Checks what is voted on."""
     answer, valid = np.asarray(answer), np.asarray(valid, bool)
     if answer.ndim != 2 or answer.shape != valid.shape or not answer.shape[1]:
-        raise ValueError(
-            f"answer has shape {list(answer.shape)} and valid {list(valid.shape)}; both are [N, n], n >= 1."
-        )
+        raise ValueError(f"answer has shape {list(answer.shape)} and valid {list(valid.shape)}; both are [N, n], n >= 1.")
     if not np.issubdtype(answer.dtype, np.integer):
         raise ValueError(f"answer must hold whole ids; found {answer.dtype}.")
     return answer, valid

@@ -56,11 +56,7 @@ class EventFile:
 
     def write(self, step: int, values: dict) -> None:
         """Writes one step's numbers: tag -> Python, numpy or jax scalar; None is left out."""
-        summary = [
-            Summary.Value(tag=tag, simple_value=float(np.asarray(value)))
-            for tag, value in values.items()
-            if value is not None
-        ]
+        summary = [Summary.Value(tag=tag, simple_value=float(np.asarray(value))) for tag, value in values.items() if value is not None]
         self._append(Event(step=int(step), summary=Summary(value=summary)))
 
     def _append(self, event: Event) -> None:

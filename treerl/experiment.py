@@ -1,4 +1,5 @@
 """An experiment built from its config: what growing trees and evaluating need, training aside."""
+
 import functools
 import os
 from typing import NamedTuple
@@ -8,10 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from treerl import draw, learner, masked, profiling, rewards, sharding, tasks
-from treerl import prompts as P
-from treerl import step as S
-from treerl import tree as T
+from treerl import draw, learner, masked, profiling, prompts as P, rewards, sharding, step as S, tasks, tree as T
 from treerl.checkpoint import Checkpoints, abstract
 from treerl.config import check
 from treerl.errors import UserError
@@ -65,7 +63,10 @@ class Experiment:
 
         self._whole_step, self._sample_half, self._learn_half = (
             jax.jit(
-                functools.partial(function, self.fns), in_shardings=takes, out_shardings=gives, donate_argnums=donated,
+                functools.partial(function, self.fns),
+                in_shardings=takes,
+                out_shardings=gives,
+                donate_argnums=donated,
                 keep_unused=True,  # what a half does not read, such as moments, takes memory all the same
             )
             for function, takes, gives, donated in (
@@ -107,8 +108,7 @@ class Experiment:
         """The held-out prompts of `evaluate` in batches, on the mesh, by what is put in front of their scores' names."""
         batch = lambda examples, part: self.prompts([examples[i] for i in part], np.asarray(part))
         return {
-            name: [batch(self.splits[name], range(start, start + starts.step)) for start in starts]
-            for name, starts in self._starts.items()
+            name: [batch(self.splits[name], range(start, start + starts.step)) for start in starts] for name, starts in self._starts.items()
         }
 
     def prompts(self, examples, index):
@@ -267,9 +267,7 @@ class Experiment:
             scores[f"weighted@{n}"] = elected(weighted_vote(found["answer"], found["score"], found["valid"]))
         return scores
 
-    def grow(
-        self, state, examples: list[dict], *, step: int, seed: int = 0, knobs: dict | None = None, candidates: bool = False
-    ) -> Grown:
+    def grow(self, state, examples: list[dict], *, step: int, seed: int = 0, knobs: dict | None = None, candidates: bool = False) -> Grown:
         """Grows and grades a tree for each example by the run's own rules, as they are at `step`.
 
         An example's place in the list is part of its random key; the number of devices is not.
@@ -310,9 +308,7 @@ class Experiment:
         example = self.task.parse(text)
         length, limit = len(self.task.encode(example).prompt), self.config.sampler.prompt_length
         if length > limit:
-            raise UserError(
-                f"--prompt={text!r} has {length} tokens and this run reads at most {limit}; give a shorter --prompt."
-            )
+            raise UserError(f"--prompt={text!r} has {length} tokens and this run reads at most {limit}; give a shorter --prompt.")
         return example
 
     def read_text(self, grown: Grown, i: int) -> str:

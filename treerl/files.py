@@ -1,4 +1,5 @@
 """Files on a disk, or in an object store such as gs://, where nothing can be appended to."""
+
 import os
 import tempfile
 

@@ -3,18 +3,19 @@
 `make_fns` and `make_knobs` are the only readers of the whole config besides the host loop: stages
 take plain arguments. What a name may choose stands in one table here or where its functions live.
 """
+
 import functools
 import inspect
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from treerl import branching, losses, packing, pruning, sharding, survival, thinning
-from treerl import tree as T
+from treerl import branching, losses, packing, pruning, sharding, survival, thinning, tree as T
 from treerl.advantages import ESTIMATORS, MULTIPLIERS, WHITENED, Advantage, compose, extras, leaf_estimators
 from treerl.environments import Environment, context_width
 from treerl.errors import UserError
@@ -131,9 +132,7 @@ def check_combinations(config, advantage: Advantage) -> None:
             "pruning.backward to none, width or coverage, or learner.objective=ppo or cispo."
         )
     if l.dual_clip and l.objective != "ppo":
-        raise UserError(
-            f"learner.dual_clip={l.dual_clip!r} is read by learner.objective=ppo alone, not {l.objective}; set it to 0."
-        )
+        raise UserError(f"learner.dual_clip={l.dual_clip!r} is read by learner.objective=ppo alone, not {l.objective}; set it to 0.")
     if "reference_logp" in advantage.needs and not (l.reference or l.kl > 0):
         raise UserError(
             "advantage.multipliers: ace compares the policy with a reference policy and none is kept; set "
@@ -323,14 +322,9 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None, folder: str | No
 
     if s.prompts % sharding.tree_shards(mesh):
         shards = sharding.tree_shards(mesh)
-        raise UserError(
-            f"sampler.prompts={s.prompts} does not divide over mesh.data x mesh.fsdp = {shards} shards; "
-            "make it a multiple."
-        )
+        raise UserError(f"sampler.prompts={s.prompts} does not divide over mesh.data x mesh.fsdp = {shards} shards; make it a multiple.")
     if l.overlong_buffer > s.answer_length:
-        raise UserError(
-            f"learner.overlong_buffer={l.overlong_buffer} is longer than sampler.answer_length={s.answer_length}; shorten it."
-        )
+        raise UserError(f"learner.overlong_buffer={l.overlong_buffer} is longer than sampler.answer_length={s.answer_length}; shorten it.")
     heard = 0 if task.environment is None else task.environment.observation  # the first observation joins the prompt
     window = make_window(config, task.environment)
     longest = s.prompt_length + heard + s.answer_length

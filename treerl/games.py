@@ -14,6 +14,7 @@ for an action after a history that is live, they play it there, else they first 
 copy a game where an episode forks, and a process that ended costs only time. Imports no JAX, so that processes start
 quickly.
 """
+
 import collections
 import contextlib
 import hashlib
@@ -226,9 +227,7 @@ class Games:
         try:
             pickle.dumps(self._setup)
         except Exception as error:
-            raise UserError(
-                f"the environment's game cannot be sent to a process ({error}); load it by a function of a module."
-            ) from None
+            raise UserError(f"the environment's game cannot be sent to a process ({error}); load it by a function of a module.") from None
         self._slots: list[list[_Process]] = [[] for _ in range(count)]  # of none or one
         self._faulty: collections.OrderedDict[Job, Answer] = collections.OrderedDict()
         self._told: set[tuple[str, int]] = set()
@@ -326,9 +325,7 @@ class Games:
             worker = slot.pop()
             worker.kill()
             if not worker.ready:
-                raise UserError(
-                    f"a process for the environment's games was not ready after {START:.0f} s; see the game's module."
-                )
+                raise UserError(f"a process for the environment's games was not ready after {START:.0f} s; see the game's module.")
             answers[worker.job] = Answer(None, HUNG, f"took longer than {self._seconds:g} s")
 
 

@@ -3,14 +3,14 @@
 Functions take `fns` (see `functions.Fns`) for the model, the mesh and static sizes. Bins are
 [shards, N, C]: each shard of the mesh packs its own trees.
 """
+
 import functools
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from treerl import losses, packing, sharding
-from treerl import tree as T
+from treerl import losses, packing, sharding, tree as T
 from treerl.models.policy import likeliest_tokens, packed_hidden, token_logps
 from treerl.types import Prompts
 
@@ -182,9 +182,7 @@ def gradient(fns, objective, params, bins: packing.Bins, weight):
         total = (loss + new_loss, (add(sums, new_sums), jnp.maximum(top, new_top))), add(grads, new_grads)
         return i + 1, total
 
-    _, ((loss, (sums, top)), grads) = jax.lax.while_loop(
-        lambda carry: carry[0] * step < jnp.max(bins.count), body, (jnp.int32(0), zero)
-    )
+    _, ((loss, (sums, top)), grads) = jax.lax.while_loop(lambda carry: carry[0] * step < jnp.max(bins.count), body, (jnp.int32(0), zero))
     norm = jnp.maximum(weight, 1e-9)
     grads, sums = jax.tree.map(lambda x: x / norm, (grads, sums))
     return grads, (loss / norm, sums, top)

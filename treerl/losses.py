@@ -4,6 +4,7 @@ Each takes the learner's log-probs [N, C] and the bins they belong to (`packing.
 `Loss(sum, weight, clipped)`. Credit, importance weights and aggregation are data in the bins: they
 were decided before and outside, and carry no gradient.
 """
+
 from typing import NamedTuple
 
 import jax
@@ -42,9 +43,7 @@ def clipped(logp, old, positive, negative, *, clip_low, clip_high, dual_clip=jnp
 
 def ppo(logp, bins, *, clip_low, clip_high, dual_clip=jnp.inf) -> Loss:
     """The clipped objective of tokens: see `clipped`. Packed and flattened trees have the same loss and gradient."""
-    loss, out = clipped(
-        logp, bins.logp, bins.positive, bins.negative, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
-    )
+    loss, out = clipped(logp, bins.logp, bins.positive, bins.negative, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     return Loss(jnp.sum(loss), jnp.sum(bins.weight), jnp.sum(out * bins.weight))
 
 

@@ -1,4 +1,5 @@
 """Masked sum, mean and standard deviation: the only place where that arithmetic is written."""
+
 import jax
 import jax.numpy as jnp
 

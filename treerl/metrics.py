@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from treerl import masked
-from treerl import tree as T
+from treerl import masked, tree as T
 from treerl.errors import UserError
 from treerl.files import Growing
 
@@ -33,11 +32,7 @@ class LinesFile:
     def __init__(self, path, resume_step: int):
         self._stored = Growing(path)
         path = self._stored.path
-        kept = (
-            [line for line in read(path) if line["step"] <= resume_step]
-            if os.path.exists(path)
-            else []
-        )
+        kept = [line for line in read(path) if line["step"] <= resume_step] if os.path.exists(path) else []
         self.empty = not kept  # no line of an earlier process
         temporary = path + ".tmp"
         with open(temporary, "w", encoding="utf-8") as file:
@@ -128,12 +123,8 @@ def _scalar(name: str, value):
     if value is None:
         return None
     array = np.asarray(value)
-    if array.ndim or not (
-        array.dtype == bool or np.issubdtype(array.dtype, np.integer) or _is_float(array.dtype)
-    ):
-        raise ValueError(
-            f'metric "{name}" is {array.dtype}{list(array.shape)}; reduce it to one number.'
-        )
+    if array.ndim or not (array.dtype == bool or np.issubdtype(array.dtype, np.integer) or _is_float(array.dtype)):
+        raise ValueError(f'metric "{name}" is {array.dtype}{list(array.shape)}; reduce it to one number.')
     if array.dtype == bool:
         return bool(array)
     if np.issubdtype(array.dtype, np.integer):

@@ -1,4 +1,5 @@
 """Draw tokens from a tempered distribution cut to its nucleus, without sorting the vocabulary."""
+
 from typing import NamedTuple
 
 import jax

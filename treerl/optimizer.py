@@ -1,4 +1,5 @@
 """Config to Optax chain and schedule."""
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,9 +26,7 @@ def make_optimizer(config, steps: int) -> optax.GradientTransformation:
     if config.ess not in ESS:
         raise UserError(f"optimizer.ess={config.ess!r} is unknown; known are {', '.join(sorted(ESS))}.")
     scale = [] if config.ess == "none" else [scale_by_ess(config.ess_base, rule=config.ess)]
-    adam = optax.adamw(
-        schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mu_dtype=config.moment_dtype
-    )
+    adam = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mu_dtype=config.moment_dtype)
     return in_float32(optax.chain(optax.clip_by_global_norm(config.clip_norm), adam, *scale))
 
 

@@ -1,8 +1,9 @@
 """Names and options that users give: what they may choose, and one sentence where they cannot."""
+
 import functools
 import inspect
 import typing
-from typing import Callable
+from collections.abc import Callable
 
 from treerl.errors import UserError
 

@@ -5,6 +5,7 @@ it, tin being the token's own index. Whole trees share a bin. A tree larger than
 a bin goes to the next one, and a tree larger than a bin is split between leaves: the rest
 starts anew with its prompt and path as context, whose weights are zero.
 """
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -172,9 +173,7 @@ def pack(
     nowhere = bins * size
 
     def scatter(values, prompt_values, fill):
-        index = jnp.concatenate(
-            [jnp.where(writes, at, nowhere).reshape(-1), jnp.where(prompt_writes, prompt_at, nowhere).reshape(-1)]
-        )
+        index = jnp.concatenate([jnp.where(writes, at, nowhere).reshape(-1), jnp.where(prompt_writes, prompt_at, nowhere).reshape(-1)])
         values = jnp.concatenate([values.reshape(-1), jnp.broadcast_to(prompt_values, prompt_at.shape).reshape(-1)])
         return jnp.full((bins * size,), fill, jnp.int32).at[index].set(values, mode="drop")
 

@@ -1,4 +1,5 @@
 """What a training step will take, from the compiler: memory, work and communication, without running it."""
+
 import json
 import os
 import sys

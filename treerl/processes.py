@@ -4,6 +4,7 @@ Every process runs the same host loop over the same global arrays, one a machine
 take alike (to stop, to save, whether a run is new) leaves some waiting for the others for ever. Such
 decisions go through `first_decides` and `gather`; files are written by the first process alone.
 """
+
 import importlib.util
 import json
 import os

@@ -23,9 +23,7 @@ def parse_span(text: str | None, steps: int) -> tuple[int, int] | None:
     match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
     first, last = map(int, match.groups()) if match else (0, 0)
     if not 1 <= first <= last:
-        raise UserError(
-            f"--profile={text!r} is no span of steps; write the first and the last of them, such as --profile=3:5."
-        )
+        raise UserError(f"--profile={text!r} is no span of steps; write the first and the last of them, such as --profile=3:5.")
     if last > steps:
         raise UserError(f"--profile={text!r} ends after the run's last step; choose steps from 1 to {steps}.")
     return first, last
@@ -44,9 +42,7 @@ class Trace:
     def __init__(self, folder: str, span: tuple[int, int] | None, start: int):
         self._folder, self._span, self._running = folder, span or (0, 0), False
         if span and span[1] <= start:
-            logging.warning(
-                "--profile=%d:%d lies before step %d, where this run goes on: nothing is traced.", *span, start + 1
-            )
+            logging.warning("--profile=%d:%d lies before step %d, where this run goes on: nothing is traced.", *span, start + 1)
 
     @contextlib.contextmanager
     def step(self, number: int):

@@ -1,4 +1,5 @@
 """How far a loop is: a bar on a terminal; in a log a plain line now and then."""
+
 import sys
 
 from tqdm import tqdm

@@ -1,4 +1,5 @@
 """Examples to prompts: a deterministic stream that resumes at any position."""
+
 from collections.abc import Sequence
 
 import jax

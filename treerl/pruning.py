@@ -3,7 +3,9 @@
 Keyword-only arguments of a rule of RULES are numbers of the section `pruning` (those of `similarity`), or options of its
 own, with the type of their default. Rules of `treerl.survival` are given to `survival`.
 """
-from typing import Callable, NamedTuple
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -214,7 +214,9 @@ def _table(groups: dict[str, list[Run]]) -> str:
     found = {(name, last): [run.scores(last) for run in kind] for name, kind in groups.items() for last in (False, True)}
     metric_names = dict.fromkeys(metric for scores in found.values() for own in scores for metric in own)
     head = [f"{name} {('before', 'after')[last]}" if len(groups) > 1 else ("before", "after")[last] for name, last in found]
-    return _rows(["", *head], [[metric, *(_mean([own.get(metric) for own in scores]) for scores in found.values())] for metric in metric_names])
+    return _rows(
+        ["", *head], [[metric, *(_mean([own.get(metric) for own in scores]) for scores in found.values())] for metric in metric_names]
+    )
 
 
 def _mean(values: list) -> str:
@@ -241,7 +243,9 @@ def _facts(runs: list[Run]) -> str:
             _number(np.median([line["seconds"] for line in steps if line.get("seconds")] or [np.nan])),
             _number(np.median(rate or [np.nan])), str(last.get("devices", "—")), (versions or "—") + more,
         ])  # fmt: skip
-    return _rows(["", "steps", "tokens sampled", "seconds", "seconds a step (median)", "tokens a second (median)", "devices", "versions"], rows)
+    return _rows(
+        ["", "steps", "tokens sampled", "seconds", "seconds a step (median)", "tokens a second (median)", "devices", "versions"], rows
+    )
 
 
 def _differences(groups: dict[str, list[Run]]) -> str:
@@ -286,7 +290,13 @@ def _curves(histories: dict[str, list[list[dict]]], by_tokens: bool = False) -> 
             for name, of_kind in series.items():
                 for kind, curves in of_kind.items():
                     alone = len(histories) == 1
-                    _draw(axis, curves, along, label=name if alone else kind, **{} if alone else dict(color=f"C{list(histories).index(kind) % 10}"))
+                    _draw(
+                        axis,
+                        curves,
+                        along,
+                        label=name if alone else kind,
+                        **{} if alone else dict(color=f"C{list(histories).index(kind) % 10}"),
+                    )
             axis.set_title(title)
             axis.set_xlabel(("step", "tokens sampled")[along])
             axis.grid(alpha=0.3)

@@ -5,14 +5,14 @@ seen and what was done, then what is seen now. What lies further back is gone, e
 So turns share no prefix, neither in the sampler nor in the learner, and nothing forks. The tree of such episodes holds
 actions alone, those of a line one below the other; what each was read after is a context of its own.
 """
+
 from collections.abc import Callable
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from treerl import episodes
-from treerl import tree as T
+from treerl import episodes, tree as T
 from treerl.environments import Environment, context_width, length
 from treerl.sampler import Stats
 from treerl.types import Prompts

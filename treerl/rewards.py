@@ -1,14 +1,15 @@
 """Grade the leaves of trees: on the device, or on the host from within the step or between its halves."""
+
 import functools
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from treerl import sharding
-from treerl import tree as T
+from treerl import sharding, tree as T
 from treerl.tasks import HostGraders
 
 

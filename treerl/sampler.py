@@ -13,14 +13,14 @@ through the slot's cursor like drawn ones, and a line ends with its episode.
 A rule may review all lines once. When few enough of each tree run after that, they go on in a smaller pool
 (`treerl.compaction`); what a line draws does not depend on the pool.
 """
+
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from treerl import compaction, episodes
-from treerl import tree as T
+from treerl import compaction, episodes, tree as T
 from treerl.compaction import take
 from treerl.environments import Environment
 from treerl.nucleus import survey
@@ -330,9 +330,7 @@ def sample(
         marks = {name: carry.grid[name] for name in ("used", "end")}
         lines, marks, stats, record, met = jax.lax.cond(now, look, same, carry.lines, marks, carry.stats, carry.worlds)
         reviewed = carry.reviewed | now
-        return carry._replace(
-            lines=lines, grid=dict(carry.grid, **marks), stats=stats, record=record, reviewed=reviewed, worlds=met
-        )
+        return carry._replace(lines=lines, grid=dict(carry.grid, **marks), stats=stats, record=record, reviewed=reviewed, worlds=met)
 
     begins, may_fork = branching.start(batch, slots)
     none = jnp.full((batch, slots), -1, jnp.int32)
@@ -398,7 +396,10 @@ def sample(
         )  # fmt: skip
         lines, grid = compaction.restore(moved, carry.lines, carry.grid, narrow.lines, narrow.grid)
         carry = carry._replace(
-            lines=lines, grid=grid, stats=narrow.stats, hidden=compaction.back(moved, carry.hidden, narrow.hidden),
+            lines=lines,
+            grid=grid,
+            stats=narrow.stats,
+            hidden=compaction.back(moved, carry.hidden, narrow.hidden),
             worlds=jax.tree.map(functools.partial(compaction.back, moved), carry.worlds, narrow.worlds),
         )
     return *_finish(carry, first, penalty), Seen(carry.hidden if keeps else (), carry.record)

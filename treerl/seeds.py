@@ -3,6 +3,7 @@
 Each seed has parameters, order of examples, warm start and random draws of its own, as a run of `train` has; or all go on
 from one warm start. Loops whose length depends on data run until the last seed is done.
 """
+
 import functools
 import os
 
@@ -12,9 +13,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from treerl import metrics, processes, report, warm_start
-from treerl import prompts as P
-from treerl import step as S
+from treerl import metrics, processes, prompts as P, report, step as S, warm_start
 from treerl.checkpoint import Checkpoints, abstract
 from treerl.errors import UserError, writing
 from treerl.experiment import Experiment, named

@@ -1,4 +1,5 @@
 """The mesh, the rules from logical axes to mesh axes, and shardings; loud on every mistake."""
+
 import math
 
 import jax
@@ -48,8 +49,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -
         sizes[free[0]] = count // known
     if math.prod(sizes.values()) != count:
         raise UserError(
-            f"{given} does not fit the number of devices, {count}; set sizes that multiply to {count}, "
-            "or one of them to -1 for the rest."
+            f"{given} does not fit the number of devices, {count}; set sizes that multiply to {count}, or one of them to -1 for the rest."
         )
     shape = [sizes[axis] for axis in AXES]
     if getattr(devices[0], "platform", None) != "tpu":

@@ -12,18 +12,23 @@ All of it is one program that XLA compiles and shards; where the host grades tex
 `learn_half`, or one that calls the host. `fns` are the functions that a config
 chose (`treerl.functions`); `knobs` are its numbers, traced, so that changing one compiles nothing.
 """
+
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from treerl import branching, episodes, masked, packing, pruning, reprompt, rewards, sampler, sharding, survival
-from treerl import tree as T
+from treerl import branching, episodes, masked, packing, pruning, reprompt, rewards, sampler, sharding, survival, tree as T
 from treerl.functions import Fns, Sizes, make_fns, make_knobs
 from treerl.graders import FAULTS
 from treerl.learner import (
-    cell_logps, gradient, gradient_norms, pack, policy_objective, supervised_objective,
+    cell_logps,
+    gradient,
+    gradient_norms,
+    pack,
+    policy_objective,
+    supervised_objective,
 )  # fmt: skip
 from treerl.metrics import describe
 from treerl.models.policy import make_policy
@@ -86,9 +91,7 @@ def state_shardings(fns: Fns):
     abstract = jax.eval_shape(fns.optimizer.init, fns.model.split(fns.model.shapes())[0])
     return TrainState(
         params=params,
-        opt_state=optax.tree_map_params(
-            fns.optimizer, lambda _, s: s, abstract, trained, transform_non_params=lambda _: everywhere
-        ),
+        opt_state=optax.tree_map_params(fns.optimizer, lambda _, s: s, abstract, trained, transform_non_params=lambda _: everywhere),
         reference=trained if fns.reference else None,
         memory=jax.tree.map(lambda _: everywhere, fns.advantage.memory),
         quality=jax.tree.map(lambda _: everywhere, jax.eval_shape(lambda: start_quality(fns, jax.random.key(0)))),
@@ -127,9 +130,7 @@ def rollout(fns: Fns, params, prompts: Prompts, key, step, knobs, *, quality=Non
     plain = slots is not None
     slots = slots if plain else size.slots
     tree, stats, seen = sampler.sample(
-        make_policy(
-            model, params, slots=slots, rows=size.rows, mesh=fns.mesh, pool_dtype=size.pool_dtype, weight_dtype=size.weight_dtype
-        ),
+        make_policy(model, params, slots=slots, rows=size.rows, mesh=fns.mesh, pool_dtype=size.pool_dtype, weight_dtype=size.weight_dtype),
         branching.stochastic() if plain else fns.branching(knobs, step),
         pruning.none() if plain else fns.pruning(knobs, step, quality),
         prompts,
@@ -300,9 +301,9 @@ def weigh(fns: Fns, tree: T.Tree, credit, leaf_weight, knobs) -> tuple[Cells, ja
     else:
         cells = T.spread(tree, cell_credit=credit, leaf_weight=each if fns.aggregation == "sequence" else None)
     positive, negative, weight = (jnp.where(counted, x, 0) for x in cells)
-    denominator = dict(
-        token=jnp.sum(weight), sequence=jnp.sum(leaf_weight), constant=jnp.sum(leaf_weight) * tree.token.shape[0]
-    )[fns.aggregation]
+    denominator = dict(token=jnp.sum(weight), sequence=jnp.sum(leaf_weight), constant=jnp.sum(leaf_weight) * tree.token.shape[0])[
+        fns.aggregation
+    ]
 
     cap, p = knobs["importance_cap"], jnp.exp(jnp.clip(tree.logp_policy - tree.logp_behavior, -20, 20))
     drawn = dict(none=jnp.ones_like(p), truncate=jnp.minimum(p, cap), mask=jnp.where(p <= cap, p, 0))[fns.importance]
@@ -425,9 +426,7 @@ def sample_half(fns: Fns, state: TrainState, prompts: Prompts, knobs: dict) -> S
     return jax.lax.with_sharding_constraint(found, sharding.trees(fns.mesh))
 
 
-def learn_half(
-    fns: Fns, state: TrainState, sampled: Sampled, graded: rewards.Graded, knobs: dict
-) -> tuple[TrainState, dict]:
+def learn_half(fns: Fns, state: TrainState, sampled: Sampled, graded: rewards.Graded, knobs: dict) -> tuple[TrainState, dict]:
     """From graded trees to updated parameters; see `train_step`."""
     (tree, stats, seen, prompts, contexts), reward = sampled, graded.reward
     drawn, shaped = tree, shape_reward(fns, tree, reward)

@@ -1,4 +1,5 @@
 """What ends a run early or should be told: signals, updates that are not finite, steps that do not end."""
+
 import contextlib
 import os
 import signal
@@ -29,8 +30,7 @@ def stop_if_diverged(state, limit: int, moment: str, advice: str) -> None:
     """Raises Diverged if more updates of a state were skipped in a row than `limit`, learner.max_skipped."""
     if (skipped := int(state.skipped)) > limit:
         raise Diverged(
-            f"{moment}: loss or gradient was not finite in {skipped} updates in a row, more than "
-            f"learner.max_skipped={limit}; {advice}"
+            f"{moment}: loss or gradient was not finite in {skipped} updates in a row, more than learner.max_skipped={limit}; {advice}"
         )
 
 

@@ -19,6 +19,7 @@ Arguments that all rules have:
   capacity: at most so many of a group's due lines survive, a number or [B] int32; None without a limit. Where it
     is below `least`, capacity wins.
 """
+
 import chex
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,5 @@
 """The runs of a sweep: which there are, and how they are started."""
+
 import concurrent.futures
 import itertools
 import json

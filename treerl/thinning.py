@@ -10,6 +10,7 @@ positive and negative credit elsewhere. Leaving the weights as they are keeps th
 whole tree, so that the gradient is a part of the whole one; zeroing them too divides by what is
 trained on, as BranchGRPO's released code does.
 """
+
 from typing import Literal
 
 import chex

@@ -1,4 +1,5 @@
 """Tokenizers: text to token ids and back."""
+
 import datetime
 import functools
 import json
@@ -35,10 +36,7 @@ class CharTokenizer:
         try:
             return [self._ids[char] for char in text]
         except KeyError as error:
-            raise ValueError(
-                f"character {error.args[0]!r} is unknown: use only those of the alphabet "
-                f"{self.alphabet!r}."
-            ) from None
+            raise ValueError(f"character {error.args[0]!r} is unknown: use only those of the alphabet {self.alphabet!r}.") from None
 
     def decode(self, ids) -> str:
         """Text up to the first EOS; pads are skipped, and ids that only a larger vocabulary has are U+FFFD."""

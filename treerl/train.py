@@ -1,4 +1,5 @@
 """The host loop: training, evaluation, checkpoints, files, and the report at the end."""
+
 import contextlib
 import functools
 import importlib.metadata
@@ -14,8 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from treerl import events, masked, metrics, processes, profiling, report, warm_start
-from treerl import prompts as P
+from treerl import events, masked, metrics, processes, profiling, prompts as P, report, warm_start
 from treerl.checkpoint import Checkpoints
 from treerl.config import fields
 from treerl.errors import UserError, writing
@@ -158,7 +158,9 @@ def begin_run(experiment: Experiment, workdir: str, progress: bool, signals: Sig
 class Run:
     """A run between two steps: its state, how many steps are done, and where its numbers go."""
 
-    def __init__(self, experiment: Experiment, workdir: str, checkpoints, signals: Signals, state, extra: dict, begin: float, progress: bool, watch):
+    def __init__(
+        self, experiment: Experiment, workdir: str, checkpoints, signals: Signals, state, extra: dict, begin: float, progress: bool, watch
+    ):
         self.experiment, self.workdir, self.checkpoints, self.signals = experiment, workdir, checkpoints, signals
         self.state, self.extra, self.begin = state, extra, begin
         self.done, self.position = int(state.step), int(state.position)
@@ -293,7 +295,9 @@ def versions() -> dict:
     return found | dict(devices=f"{jax.device_count()} x {kind}", processes=jax.process_count())
 
 
-def example_trees(experiment: Experiment, state, picks: list[int] | None = None, count: int = 16, shown: int = 4) -> tuple[list[int], list[dict]]:
+def example_trees(
+    experiment: Experiment, state, picks: list[int] | None = None, count: int = 16, shown: int = 4
+) -> tuple[list[int], list[dict]]:
     """Trees of some of the first `count` held-out examples: (which, [dict(index, caption, page, text)]).
 
     Args:

@@ -4,6 +4,7 @@ Rows are depth below the prompt, columns are slots; the parent of a cell lies in
 All functions take ONE tree (no batch axis); callers vmap. Derived quantities are functions,
 not fields, so there is nothing to keep in step.
 """
+
 import dataclasses
 
 import chex
@@ -355,7 +356,7 @@ def check(tree: Tree) -> None:
     want = np.asarray(paths(jnp.asarray(t.parent), jnp.asarray(t.leaf)))
     _require(t.leaf_path == want, "leaf_path does not follow the parents")
     seen = np.zeros((rows, slots), bool)
-    for (row, column), path in zip(t.leaf[valid], t.leaf_path[valid]):
+    for (row, _), path in zip(t.leaf[valid], t.leaf_path[valid]):
         on = np.arange(row + 1), path[: row + 1]
         _require(path[: row + 1] >= 0, "a path to a leaf is broken")
         _require(t.used[on], "a path to a leaf crosses an unused cell")

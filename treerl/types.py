@@ -8,7 +8,9 @@
 
 Batched, B in front: rules, `sample`, `grade`, `pack`. Of one tree: its algebra, estimators. Of one answer: graders.
 """
-from typing import Any, Callable, NamedTuple
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax

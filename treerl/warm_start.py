@@ -1,4 +1,5 @@
 """Supervised learning on reference answers before reinforcement learning, until held-out pass@1 stops rising."""
+
 import functools
 
 import jax
@@ -7,9 +8,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from treerl import processes, sharding
-from treerl import prompts as P
-from treerl import step as S
+from treerl import processes, prompts as P, sharding, step as S
 from treerl.checkpoint import Checkpoints, abstract
 from treerl.errors import UserError
 from treerl.experiment import Experiment
@@ -31,8 +30,7 @@ def check(experiment: Experiment) -> None:
         return
     if config.warm_start.batch % shards:
         raise UserError(
-            f"warm_start.batch={config.warm_start.batch} does not divide over mesh.data x mesh.fsdp = {shards} shards; "
-            "make it a multiple."
+            f"warm_start.batch={config.warm_start.batch} does not divide over mesh.data x mesh.fsdp = {shards} shards; make it a multiple."
         )
     examples, task = first_examples(experiment)[: experiment.task.few], experiment.task
     P.encode(task, examples, np.arange(len(examples)), config.sampler.prompt_length)

@@ -1,4 +1,5 @@
 """The config.json of a run's folder, which says whose folder it is."""
+
 import json
 
 from etils import epath

@@ -5,8 +5,10 @@ credit [S, K] (or leaf credit and the weight of each leaf's tokens); callers vma
 turns either into what the learner reads. One that needs more than the tree names it as a further
 argument: `reference_logp` [S, K], `gradient_norm` [L], `importance` [L] or `survival` [L].
 """
+
 import inspect
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +73,7 @@ def compose(estimator: Callable, whitening: Callable | None = None, multipliers:
     Raises:
       ValueError: novelty with an estimator of cell credit, or options that an estimator refuses.
     """
+
     def one(tree, reward, given):
         result = estimator(tree, reward, **{name: given[name] for name in extras(estimator) if name in given})
         credit, weight = result if isinstance(result, tuple) else (result, jnp.ones(reward.shape))

@@ -1,12 +1,12 @@
 """BranchGRPO's depth-wise advantages, carried from denoising steps to trees of text."""
+
 from typing import Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from treerl import masked
-from treerl import tree as T
+from treerl import masked, tree as T
 from treerl.advantages import levels as N
 
 

@@ -4,12 +4,12 @@ Each gives leaf credit [L]: 0 where there is no leaf, and exactly 0 for groups w
 by less than rounding. `survival` [L] weighs the leaves of a group that was thinned by chance, inversely to a leaf's
 chance of surviving and with mean 1 (`treerl.survival.inverse_weights`); 1 everywhere otherwise.
 """
+
 import chex
 import jax
 import jax.numpy as jnp
 
-from treerl import masked
-from treerl import tree as T
+from treerl import masked, tree as T
 
 ROUNDING = 1e-6  # rewards with a smaller standard deviation are all the same
 

@@ -1,9 +1,9 @@
 """Weights of prompts by how hard their group is: distributionally robust optimisation over bins of accuracy."""
+
 import jax
 import jax.numpy as jnp
 
-from treerl import masked
-from treerl import tree as T
+from treerl import masked, tree as T
 
 
 def start(edges: tuple[float, ...] = (0.4, 0.75)) -> dict:

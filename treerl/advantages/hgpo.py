@@ -1,12 +1,12 @@
 """Steps compared where their recent states agree: GiGPO, HGPO, and both carried to trees of text."""
+
 from typing import Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from treerl import masked
-from treerl import tree as T
+from treerl import masked, tree as T
 
 
 def step_returns(reward: jax.Array, valid: jax.Array, gamma: float) -> jax.Array:
@@ -164,9 +164,7 @@ def hgpo(
     return jnp.where(valid, advantage, 0.0)
 
 
-def segments(
-    tree: T.Tree, reward: jax.Array, *, segment: int, gamma: float = 1.0
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def segments(tree: T.Tree, reward: jax.Array, *, segment: int, gamma: float = 1.0) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cuts the path of every leaf into steps, whose state is the text of the segment before.
 
     A step is a run of `segment` rows (the last of a leaf may be shorter), the reward arrives at

@@ -4,13 +4,13 @@ Level 0 is the prompt. Every leaf stands on one node a level; a node is the set 
 stand on it, its first leaf counts it. A leaf that ended above a level is a node of its own there
 (`real` is False): statistics may include it, gradients do not.
 """
+
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from treerl import masked
-from treerl import tree as T
+from treerl import masked, tree as T
 
 
 class Levels(NamedTuple):

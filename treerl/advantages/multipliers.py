@@ -4,12 +4,12 @@ Each is `(tree, reward [L], credit [L], ...) -> factor [L]` for one tree. They a
 `advantages.MULTIPLIERS`: novelty first, which reads the estimator's own credit; the others commute.
 With cell credit a cell takes the mean of the factors of the leaves below it.
 """
+
 import chex
 import jax
 import jax.numpy as jnp
 
-from treerl import masked
-from treerl import tree as T
+from treerl import masked, tree as T
 
 
 def novelty(

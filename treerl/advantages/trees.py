@@ -1,12 +1,12 @@
 """Estimators of other tree trainers, on any tree: a node is a chain of cells between forks, or a segment."""
+
 from typing import Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from treerl import masked
-from treerl import tree as T
+from treerl import masked, tree as T
 from treerl.advantages import levels as N
 from treerl.advantages.flat import ROUNDING, rloo
 
@@ -103,9 +103,7 @@ def treepo(
     return jnp.where(contrast, advantage, 0.0)
 
 
-def tree_grpo(
-    tree: T.Tree, reward: jax.Array, *, inter: bool = True, intra: bool = True, std: bool = True, eps: float = 1e-6
-) -> jax.Array:
+def tree_grpo(tree: T.Tree, reward: jax.Array, *, inter: bool = True, intra: bool = True, std: bool = True, eps: float = 1e-6) -> jax.Array:
     """Adds GRPO among the leaves of the prompt and GRPO among the leaves of the same tree.
 
     Tree-GRPO, arXiv 2509.21240, section 3.3: A = A_inter + A_intra. A prompt's trees are the leaves that

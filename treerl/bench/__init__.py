@@ -1,4 +1,5 @@
 """Benchmarks: one file a suite, each a generator of rows (see `measure.row`)."""
+
 import jax
 
 from treerl.bench import checkpoint, devices, environments, estimators, growth, learner, meshes, peers, pruning, sampler, scaling, step

@@ -3,6 +3,7 @@
 The state is that of a model with Adam's float32 moments, random, laid out as training lays it out. TMPDIR says where
 it is written; a state at a time, and the last one restored and compared, byte for byte.
 """
+
 import functools
 import statistics
 import tempfile
@@ -12,11 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treerl import sharding
-from treerl import step as S
+from treerl import sharding, step as S
 from treerl.bench import measure
-from treerl.bench.step import build, make_config
-from treerl.bench.step import defaults as step_defaults
+from treerl.bench.step import build, defaults as step_defaults, make_config
 from treerl.checkpoint import Checkpoints
 from treerl.models.presets import PRESETS
 
@@ -65,7 +64,9 @@ def rows(**sizes):
         median = {name: statistics.median(times[1:]) for name, times in spent.items()}
         yield row("copy", median["copy"], "s, device to host")
         yield row("synchronous", median["whole"], "s, save and wait")
-        yield row("asynchronous", median["blocked"], "s until the thread goes on", versus="synchronous", ratio=median["blocked"] / median["whole"])
+        yield row(
+            "asynchronous", median["blocked"], "s until the thread goes on", versus="synchronous", ratio=median["blocked"] / median["whole"]
+        )
         yield row("asynchronous_over_copy", median["blocked"], "s", versus="copy", ratio=median["blocked"] / median["copy"])
         yield row("speed", size / median["whole"] / 1e9, "GB/s to disk")
         begin = time.perf_counter()

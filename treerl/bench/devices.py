@@ -6,6 +6,7 @@ between devices, so a draw close to the border between two tokens, or a fork clo
 threshold, can fall on the other side. Until one does, a tree is the same, token for token; what
 grows after one is another tree, so a tree is compared up to its first difference.
 """
+
 import functools
 import os
 
@@ -13,10 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from treerl import prompts as P
-from treerl import sharding, tasks
-from treerl import step as S
-from treerl import tree as T
+from treerl import prompts as P, sharding, step as S, tasks, tree as T
 from treerl.bench import measure
 from treerl.config import default
 

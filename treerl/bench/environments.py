@@ -4,14 +4,14 @@ The first is of the environment alone, on this device and, where that is an acce
 cores that XLA takes; NPROC=1 for one). The second is a whole step in household, of random weights that earn nothing but penalties
 for invalid actions, so that all trees are trained on: estimators run on the step's own trees.
 """
+
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treerl import environments
-from treerl import step as S
+from treerl import environments, step as S
 from treerl.bench import estimators, measure
 from treerl.config import default
 from treerl.experiment import Experiment

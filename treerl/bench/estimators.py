@@ -6,6 +6,7 @@ same run and on the same numbers: they must agree, else the suite raises. The pl
 cell by cell and keeps nodes in dictionaries; it is timed on one in `part` trees. HGPO and GiGPO run
 on groups of trajectories through random states.
 """
+
 import collections
 import functools
 import time
@@ -14,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treerl import advantages as A
-from treerl import tree as T
+from treerl import advantages as A, tree as T
 from treerl.bench import measure
 
 TOLERANCE = 1e-3  # absolute, of credit in float32 at these sizes
@@ -23,9 +23,7 @@ TOLERANCE = 1e-3  # absolute, of credit in float32 at these sizes
 
 def defaults() -> dict:
     """Sizes, the same on every machine."""
-    return dict(
-        trees=1024, slots=64, rows=1024, part=64, chunk=16, groups=64, trajectories=16, steps=64, states=200, repeats=5
-    )
+    return dict(trees=1024, slots=64, rows=1024, part=64, chunk=16, groups=64, trajectories=16, steps=64, states=200, repeats=5)
 
 
 def random_trees(count: int, rows: int, slots: int, seed: int = 0) -> T.Tree:
@@ -284,7 +282,7 @@ def rows(**sizes):
         yield row(name, seconds, "s for all trees", versus=f"plain_{name}", ratio=seconds / plain)
         yield row(f"{name}.memory", program.run.memory_analysis().temp_size_in_bytes / chunk, "bytes a tree, temporaries")
         yield row(f"{name}.difference", apart, "credit, largest")
-    del on_device, trees
+    del on_device
 
     shape = sizes["groups"], sizes["trajectories"], sizes["steps"]
     states = rng.integers(0, 2**32, (sizes["states"], 2), dtype=np.uint64).astype(np.uint32)

@@ -8,6 +8,7 @@ The figure, from a file that `launch.bench --suite=growth --out=growth.jsonl` wr
 
     python -c "import json; from treerl.bench import growth; growth.draw('growth.svg', map(json.loads, open('growth.jsonl')))"
 """
+
 import functools
 
 import jax

@@ -17,6 +17,7 @@ counted. With adapters (shape D) it is 4 x for the frozen weights, whose gradien
 The peer, `transformers_update`, goes through all rollouts as rows in a process of its own (see `bench.peers`); its
 ratio is to the fastest bins.
 """
+
 import functools
 
 import jax
@@ -24,9 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from treerl import learner, losses, packing, sharding
-from treerl import step as S
-from treerl import tree as T
+from treerl import learner, losses, packing, sharding, step as S, tree as T
 from treerl.bench import measure, peers, shapes, synthetic
 from treerl.models.policy import token_logps
 from treerl.models.presets import PRESETS

@@ -1,10 +1,12 @@
 """Time, memory and bandwidth of compiled programs, and the rows that report them."""
+
 import contextlib
 import os
 import statistics
 import tempfile
 import time
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

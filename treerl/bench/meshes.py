@@ -7,6 +7,7 @@ metrics. A draw on the border between two tokens can fall to either side where l
 says by how much they do (drift), and how far apart the two tokens' log-probs are (first_logit_gap). The model's two
 key heads allow two devices along tensor; four and eight are tried with eight heads.
 """
+
 import dataclasses
 import functools
 import json
@@ -84,9 +85,7 @@ def _start(arguments: list[str], devices: int) -> subprocess.Popen:
         JAX_PLATFORMS="cpu", XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", JAX_ENABLE_COMPILATION_CACHE="0",
         PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     )  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def _wait(run: subprocess.Popen) -> None:

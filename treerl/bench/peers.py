@@ -12,6 +12,7 @@ All get the prompts that treerl gets, each repeated for its lines, fill them, ne
 temperature 1 from the whole distribution. What is missing or fails, for example for want of memory, costs one line on
 standard error and no row.
 """
+
 import contextlib
 import gc
 import importlib.util
@@ -20,7 +21,8 @@ import os
 import subprocess
 import sys
 import time
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -93,11 +95,9 @@ def tunix_call(config, prompts: np.ndarray, *, slots: int, rows: int) -> Callabl
     from tunix.generate import sampler
 
     if kind == "qwen3":
-        from tunix.models.qwen3.model import ModelConfig
-        from tunix.models.qwen3.model import Qwen3 as Module
+        from tunix.models.qwen3.model import ModelConfig, Qwen3 as Module
     else:
-        from tunix.models.qwen2.model import ModelConfig
-        from tunix.models.qwen2.model import Qwen2 as Module
+        from tunix.models.qwen2.model import ModelConfig, Qwen2 as Module
     shape = ModelConfig(
         num_layers=config.layers, vocab_size=config.vocab, embed_dim=config.width, hidden_dim=config.hidden,
         num_heads=config.heads, head_dim=config.head_dim, num_kv_heads=config.kv_heads, rope_theta=int(config.rope_theta),
@@ -105,9 +105,7 @@ def tunix_call(config, prompts: np.ndarray, *, slots: int, rows: int) -> Callabl
         param_dtype=jnp.dtype(config.dtype),
     )  # fmt: skip
     batch, width = prompts.shape
-    room = sampler.CacheConfig(
-        cache_size=width + rows, num_layers=config.layers, num_kv_heads=config.kv_heads, head_dim=config.head_dim
-    )
+    room = sampler.CacheConfig(cache_size=width + rows, num_layers=config.layers, num_kv_heads=config.kv_heads, head_dim=config.head_dim)
     grow = sampler.Sampler(Module(shape, rngs=nnx.Rngs(0)), _Words(prompts, config.vocab), room)
     texts = [str(i) for i in range(batch) for _ in range(slots)]
 
@@ -160,9 +158,7 @@ def torch_model(config, *, seed: int = 0):
     )  # fmt: skip
     torch.manual_seed(seed)
     with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(
-            shape, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
-        )
+        return transformers.AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype), attn_implementation="sdpa")
 
 
 def _timed(call: Callable, repeats: int) -> dict:
@@ -279,9 +275,7 @@ def outside(suite: str, shape: str | None) -> dict:
             return {}
     command = [sys.executable, "-m", "treerl.bench.peers", suite, *([shape] if shape else [])]
     try:
-        run = subprocess.run(
-            command, env=dict(os.environ, JAX_PLATFORMS="cpu"), capture_output=True, text=True, timeout=SECONDS
-        )
+        run = subprocess.run(command, env=dict(os.environ, JAX_PLATFORMS="cpu"), capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         left_out(name, f"more than {SECONDS} s")
         return {}

@@ -10,14 +10,14 @@ The savings are of generation and of whole training steps at a model's shapes, r
 all run to the last row: without pruning, with everything of a survival rule but nothing dropped (kappa 1), and with half
 of the lines dropped at the detection length. An update is the step less the generation of the same turn.
 """
+
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treerl import sharding, survival
-from treerl import step as S
+from treerl import sharding, step as S, survival
 from treerl.bench import measure, synthetic
 from treerl.models.presets import PRESETS
 

@@ -28,6 +28,7 @@ products, and the scores and sums of attention, at the speed of a large matrix p
 Peers (see `bench.peers`) have no time without prefill that could be taken apart fairly, so `call` rows compare whole
 calls, prefill included on both sides, in ms per new token of a line.
 """
+
 import functools
 from typing import NamedTuple
 
@@ -35,9 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treerl import branching, pruning, survival
-from treerl import sampler as S
-from treerl import tree as T
+from treerl import branching, pruning, sampler as S, survival, tree as T
 from treerl.bench import measure, peers, shapes, synthetic
 from treerl.models.policy import make_policy, packed_hidden, token_logps
 from treerl.models.quality import QualityHead
@@ -47,9 +46,7 @@ from treerl.models.transformer import Model
 def defaults(shape: str | None = None) -> dict:
     """Sizes of a shape (see `shapes`); without one, A on an accelerator and a small one on a CPU."""
     if shape is not None or measure.on_accelerator():
-        return shapes.sizes(
-            shape or "A", segment=32, lengths=(), windows=(20, 30, 50), detection=128, repeats=5, read_bytes=4 * 2**30
-        )
+        return shapes.sizes(shape or "A", segment=32, lengths=(), windows=(20, 30, 50), detection=128, repeats=5, read_bytes=4 * 2**30)
     return dict(
         preset="tiny", dtype="float32", prompts=32, slots=8, prompt=20, rows=64, segment=4,
         lengths=(), windows=(4, 6), detection=16, repeats=15, read_bytes=2**28,
@@ -232,8 +229,9 @@ def rows(*, rules=None, shape=None, beside=False, outside=None, **sizes):
     if peer is not None:
         turns["tunix"] = peer.call
         if peer.prompt < sizes["prompt"]:  # it holds no more: its own comparison, at the prompts that it holds
-            own, cut = f"{base}_prompt_{peer.prompt}", prompts.replace(
-                token=prompts.token[:, : peer.prompt], length=jnp.full((batch,), peer.prompt)
+            own, cut = (
+                f"{base}_prompt_{peer.prompt}",
+                prompts.replace(token=prompts.token[:, : peer.prompt], length=jnp.full((batch,), peer.prompt)),
             )
             short = measure.compiled(functools.partial(grow, base, model, sizes), params, cut, knobs)
             turns[own] = functools.partial(short.run, params, cut, knobs)

@@ -6,6 +6,7 @@ the hidden width: there the trees are as many, and the share of a device shrinks
 On an accelerator steps are timed, on one device and on all. Everywhere the compiler says how much a device computes
 and how many bytes it moves (what a loop repeats is counted once).
 """
+
 import functools
 
 import jax
@@ -13,8 +14,7 @@ import numpy as np
 
 from treerl import profiling, sharding
 from treerl.bench import measure
-from treerl.bench.step import build, make_config
-from treerl.bench.step import defaults as step_defaults
+from treerl.bench.step import build, defaults as step_defaults, make_config
 from treerl.models.presets import PRESETS
 
 

@@ -10,20 +10,19 @@ programs of their own, each timed in turns with the whole step. What share of th
 their sum over the step's time: what the step does beside them is grading, credit and metrics. Two programs are not one:
 if the compiler saves work between the halves, or copies results out of each, the share is above what it is inside.
 """
+
 import functools
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from treerl import packing, sharding
-from treerl import step as S
-from treerl import tree as T
+from treerl import packing, sharding, step as S, tree as T
 from treerl.advantages import ESTIMATORS
 from treerl.bench import estimators, measure, shapes, synthetic
 from treerl.checkpoint import abstract
 from treerl.models.presets import PRESETS
-
 
 LAYOUT = {  # what goes through the learner at a time
     "A": dict(bin_tokens=4352, bins_per_step=4),

@@ -1,10 +1,10 @@
 """Prompts, trees and a task made of random tokens, for benchmarks of any model shape."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treerl import config as C
-from treerl import tree as T
+from treerl import config as C, tree as T
 from treerl.models.presets import PRESETS
 from treerl.tasks import Task
 from treerl.types import Prompts
@@ -43,9 +43,7 @@ def config(sizes: dict):
     model = dict(dict(qk_norm=False, qkv_bias=False, tied=True), **PRESETS[sizes["preset"]])
     model.pop("vocab")
     result.model.update(dict(model, dtype=sizes["dtype"]) | {k: sizes[k] for k in ("param_dtype", "lora_rank") if k in sizes})
-    result.sampler.update(
-        prompts=sizes["prompts"], slots=sizes["slots"], prompt_length=sizes["prompt"], answer_length=sizes["rows"]
-    )
+    result.sampler.update(prompts=sizes["prompts"], slots=sizes["slots"], prompt_length=sizes["prompt"], answer_length=sizes["rows"])
     result.learner.update({k: sizes[k] for k in ("vocab_chunk", "remat")})
     return result
 

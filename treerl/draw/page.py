@@ -1,4 +1,5 @@
 """A tree to walk about in: one HTML page with all that is known of every token."""
+
 import html
 import importlib.resources
 import json
@@ -62,7 +63,7 @@ def explore_tree(
             cell = above[index[cell]]
     finite = lambda x, digits=4: round(float(x), digits) if np.isfinite(x) else None
     fates, ends = [], []
-    for i, (box, cell) in enumerate(zip(boxes, index)):
+    for i, cell in enumerate(index):
         fate = outcome(view, cell)
         leaf = cell in view.rewards
         fates.append(fate if fate else "" if cell in kept else "its lines were pruned")

@@ -1,4 +1,5 @@
 """One tree as an SVG."""
+
 import html
 
 import numpy as np
@@ -152,7 +153,7 @@ def _colours(share: float) -> tuple[str, str]:
     far = POSITIVE if share > 0 else NEGATIVE
     rgb = [round(n + abs(share) * (f - n)) for n, f in zip(NEUTRAL, far)]
     light = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
-    return "#%02x%02x%02x" % tuple(rgb), "#222222" if light > 135 else "#ffffff"
+    return "#" + "".join(f"{n:02x}" for n in rgb), "#222222" if light > 135 else "#ffffff"
 
 
 def _say(text: str, x: float, y: float, kind: str, more: str = "") -> str:

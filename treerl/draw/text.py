@@ -1,4 +1,5 @@
 """One tree as indented text, and its leaves as a table."""
+
 import json
 
 import numpy as np

@@ -1,4 +1,5 @@
 """What pictures of one tree read of it, and where its tokens lie."""
+
 import unicodedata
 from typing import NamedTuple
 

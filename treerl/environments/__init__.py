@@ -8,6 +8,7 @@ of all trees; ordinary Python runs behind the same functions, see `host`. To add
 and name it in NAMES; options have the type of their default. An episode is solved (pass@k) where its rewards sum to 1.
 `household` is the example to start from.
 """
+
 import dataclasses
 import importlib
 from collections.abc import Callable
@@ -51,9 +52,7 @@ class Environment:
     close: Callable = lambda: None  # () ends what runs beside: processes, which a later `step` starts again
 
 
-def make(
-    name: str, *, horizon: int = 0, seed: int = 0, train_size: int = 2048, heldout_size: int = 512, options: dict = {}
-) -> Environment:
+def make(name: str, *, horizon: int = 0, seed: int = 0, train_size: int = 2048, heldout_size: int = 512, options: dict = {}) -> Environment:
     """Builds the environment `name`.
 
     Args:

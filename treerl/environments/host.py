@@ -8,6 +8,7 @@ The state of an episode is its history, so that JAX copies it where a line forks
 arguments. Text is read word by word, in small letters and without the words that the tokenizer lacks, or with its word
 <unk> for them; "." is none of them, as it ends what an agent says. Every observation ends with ">": the agent's turn.
 """
+
 import functools
 import hashlib
 import re
@@ -39,9 +40,7 @@ def numbered(sizes: dict[str, int], apart: int = 2**24) -> dict[str, dict]:
     """
     for name, size in sizes.items():
         if not 0 < size <= apart:
-            raise UserError(
-                f"{size} tasks of the split {name} cannot work; set task.train_size and heldout_size from 1 to {apart}."
-            )
+            raise UserError(f"{size} tasks of the split {name} cannot work; set task.train_size and heldout_size from 1 to {apart}.")
     first = {name: i * apart for i, name in enumerate(sizes)}
     return {name: dict(number=np.arange(first[name], first[name] + size, dtype=np.int32)) for name, size in sizes.items()}
 

@@ -15,6 +15,7 @@ Anything else changes nothing and is answered by "nothing". An episode is solved
 was put at the wanted place in the wanted condition. Tasks of the split novel ask for pairs of thing and place that no
 other task asks for; those of heldout are new houses.
 """
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -202,7 +203,9 @@ def make(*, seed: int = 0, train_size: int = 2048, heldout_size: int = 512, hori
     """
     sizes = dict(train=train_size, heldout=heldout_size, novel=heldout_size)
     if sum(sizes.values()) > LIMIT:
-        raise UserError(f"task.train_size + 2 task.heldout_size = {sum(sizes.values())} is more than the {LIMIT} tasks of household; lower them.")
+        raise UserError(
+            f"task.train_size + 2 task.heldout_size = {sum(sizes.values())} is more than the {LIMIT} tasks of household; lower them."
+        )
     if not 0 <= mistakes <= 1:
         raise UserError(f"environment.options.mistakes={mistakes!r} cannot work; set it to a number from 0 to 1.")
 

@@ -19,6 +19,7 @@ section 3.2, with its texts' similarity replaced by equality of words):
 attributes being material and style, options color and size, and the price right at or below the limit. An episode is
 solved if the reward is 1. The catalogue is the same for all tasks but those of the split novel, which shop in another one.
 """
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,7 +83,9 @@ def make(*, seed: int = 0, train_size: int = 2048, heldout_size: int = 512, hori
     """
     sizes = dict(train=train_size, heldout=heldout_size, novel=heldout_size)
     if sum(sizes.values()) > LIMIT:
-        raise UserError(f"task.train_size + 2 task.heldout_size = {sum(sizes.values())} is more than the {LIMIT} tasks of shop; lower them.")
+        raise UserError(
+            f"task.train_size + 2 task.heldout_size = {sum(sizes.values())} is more than the {LIMIT} tasks of shop; lower them."
+        )
     if not 0 <= mistakes <= 1:
         raise UserError(f"environment.options.mistakes={mistakes!r} cannot work; set it to a number from 0 to 1.")
     shops = [catalogue(np.random.default_rng([seed, 100 + i])) for i in range(2)]

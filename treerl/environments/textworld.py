@@ -9,6 +9,7 @@ as "undo" and "restart", or answer a question of its own.
 Games are made when they are first needed, about a second each, in the process that plays them, and kept in a folder.
 Tasks of the split novel have more rooms and longer quests. TextWorld, arXiv 1806.11532.
 """
+
 import contextlib
 import hashlib
 import importlib.util

@@ -4,6 +4,7 @@ An example is a dict with "prompt", "answer" (the reference as text, or None), a
 and how an answer is found in a completion: `answers`. Those that are not cheap run in processes of their own with a time
 limit, see `workers`. Imports no JAX, so that these start quickly.
 """
+
 import math
 import pickle
 import threading
@@ -70,8 +71,7 @@ class Graders:
         pairs = [(completion, pickles[id(example)]) for completion, example in zip(completions, examples, strict=True)]
         unique = {pair: example for pair, example in zip(pairs, examples)}
         graded = {
-            name: {pair: call(self._here[name], pair[0], example) for pair, example in unique.items()}
-            for name in self._here
+            name: {pair: call(self._here[name], pair[0], example) for pair, example in unique.items()} for name in self._here
         } | self._grade_there(list(unique))
         self._tell(graded)
         n = len(pairs)

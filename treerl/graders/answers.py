@@ -2,6 +2,7 @@
 
 Text of a model is data: nothing here evaluates it, and what would in libraries is kept from doing so.
 """
+
 import ast
 import functools
 import importlib
@@ -185,8 +186,7 @@ def _imported(name: str) -> Callable:
         missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{path}.".startswith(f"{missing}."):
             raise UserError(
-                f"text.graders: {name!r} names no module; start where {path.replace('.', '/')}.py is, or add that folder to "
-                "PYTHONPATH."
+                f"text.graders: {name!r} names no module; start where {path.replace('.', '/')}.py is, or add that folder to PYTHONPATH."
             ) from None
         raise UserError(f"text.graders: {name!r} cannot be imported ({type(error).__name__}: {error}); mend the module.") from error
     found = getattr(module, function, None)

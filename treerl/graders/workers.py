@@ -5,6 +5,7 @@ those run the main script again in every child, which starts a script without a 
 share one queue, so that one killed at a bad moment can block the others. Here each has a socket of its own and can be
 killed at any time. Imports only the standard library, so that a process starts quickly.
 """
+
 import collections
 import contextlib
 import numbers
@@ -162,8 +163,7 @@ class Workers:
             self._drop(worker)
             if not worker.ready:
                 raise UserError(
-                    f"a process that grades was not ready after {START:.0f} s; see the imports of the modules named in "
-                    "text.graders."
+                    f"a process that grades was not ready after {START:.0f} s; see the imports of the modules named in text.graders."
                 )
             results[worker.job] = Result(0.0, HUNG, f"took longer than {self._seconds:g} s")
 

@@ -3,6 +3,7 @@
 Each has a form in XLA that means the same: `attention.dense` and `attention.packed`, `nucleus.survey` and
 `transformer.Block` without kernels. What all of them need is here.
 """
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl

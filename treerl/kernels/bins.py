@@ -1,4 +1,5 @@
 """Attention within bins of depth-first tokens, forward and backward: of the learner, and of prompts."""
+
 import functools
 import math
 
@@ -81,7 +82,8 @@ def _blocks(shape, *places):
         every=lambda group=1: pl.BlockSpec((None, size, None, dim), lambda n, h, i: (n, 0, h // group, 0)),
         part=lambda block: pl.BlockSpec((None, None, block), lambda n, h, i: (n, h, i)),
         listed=lambda array: [
-            pl.BlockSpec((None, None, array.shape[2]), lambda n, h, i: (n, i, 0)), pl.BlockSpec((None, None), lambda n, h, i: (n, i))
+            pl.BlockSpec((None, None, array.shape[2]), lambda n, h, i: (n, i, 0)),
+            pl.BlockSpec((None, None), lambda n, h, i: (n, i)),
         ],
         places=[pl.BlockSpec((1,), lambda n, h, i: (0,)) if x.ndim == 1 else bin_(x) for x in places],
     )

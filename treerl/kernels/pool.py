@@ -1,4 +1,5 @@
 """Attention of the sampler, over a prompt and a pool of cells."""
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -124,7 +125,7 @@ def pool_attention(
             score(places(tile, part * lines, lines), pk_ref, pv_ref, (), lambda line, at, inside: inside[None])
 
         def of_pool():
-            column, cut = (piece - shared) // cuts, (piece - shared) % cuts
+            column = (piece - shared) // cuts
             # every program that may read a new row writes it first, all of them the same
             written = target_ref[column]
             new = jnp.broadcast_to((written >= first) & (written < last), (size,))

@@ -1,4 +1,5 @@
 """What a decode step computes beside attention: sums with norms, products, and products in 8 bits."""
+
 import jax
 import jax.numpy as jnp
 from absl import logging
@@ -153,7 +154,9 @@ def narrow_product(x, w, dtype, join=lambda y: y) -> jax.Array:
         def add(i, totals):
             at = i * depth + jnp.arange(depth)
             here = triton.load(x_ref.at[row[:, None], at[None]])
-            return tuple(t + triton.dot(here, triton.load(w_ref.at[j, column[:, None], at[None]]), trans_b=True) for j, t in enumerate(totals))
+            return tuple(
+                t + triton.dot(here, triton.load(w_ref.at[j, column[:, None], at[None]]), trans_b=True) for j, t in enumerate(totals)
+            )
 
         totals = jax.lax.fori_loop(0, inner // depth, add, (jnp.zeros((rows, width), jnp.int32),) * count)
         step = triton.load(step_ref.at[row])[:, None]

@@ -1,4 +1,5 @@
 """One pass over logits for all that a draw reads of them."""
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl

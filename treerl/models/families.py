@@ -3,6 +3,7 @@
 Everything comes from the file. What the transformer cannot do is refused by name, never ignored; keys that change
 no number of a forward pass (dropout, ids of special tokens, the longest context) are left alone.
 """
+
 import json
 import os
 from typing import NamedTuple
@@ -145,9 +146,7 @@ def _architecture(hf: dict) -> str:
     names = hf.get("architectures") or [name for name, family in FAMILIES.items() if family.model_type == kind]
     name = names[0] if isinstance(names, list) and names else None
     if name not in FAMILIES:
-        raise UserError(
-            f"architecture {name or kind!r} of config.json is unknown; known are {', '.join(FAMILIES)}."
-        )
+        raise UserError(f"architecture {name or kind!r} of config.json is unknown; known are {', '.join(FAMILIES)}.")
     return name
 
 

@@ -2,6 +2,7 @@
 
 Models of the llama architecture with the tokenizer of SmolLM; what else a file asks for is refused by name.
 """
+
 import contextlib
 import os
 import shutil
@@ -173,8 +174,7 @@ def _tensors(file: _File, config: TransformerConfig) -> dict[str, tuple[tuple, s
         stored = tuple(int(n) for n in reversed(file.tensors[theirs].shape))
         if stored != shape:
             raise UserError(
-                f"{file.path} is damaged (tensor {theirs} has shape {list(stored)}, its metadata say {list(shape)}); "
-                "copy the file again."
+                f"{file.path} is damaged (tensor {theirs} has shape {list(stored)}, its metadata say {list(shape)}); copy the file again."
             )
         found[name] = row, theirs
     if extra := sorted(file.tensors.keys() - {theirs for _, theirs in found.values()}):
@@ -216,9 +216,7 @@ def _tokenizer(file: _File) -> Tokenizer:
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
         tokenizer.decoder = decoders.ByteLevel()
-        added = lambda kind: [
-            AddedToken(t, special=kind == CONTROL, normalized=False) for t, k in zip(tokens, kinds) if k == kind
-        ]
+        added = lambda kind: [AddedToken(t, special=kind == CONTROL, normalized=False) for t, k in zip(tokens, kinds) if k == kind]
         tokenizer.add_special_tokens(added(CONTROL))
         tokenizer.add_tokens(added(USER_DEFINED))
         if file.get("tokenizer.ggml.add_bos_token", bool, False):

@@ -3,8 +3,10 @@
 Linear layers are stored there as [outputs, inputs], a tensor a layer; here the layers are stacked and queries,
 keys and values are one array, as are gate and up.
 """
+
 import math
-from typing import Iterator, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 

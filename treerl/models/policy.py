@@ -1,4 +1,5 @@
 """A transformer as the sampler and the learner use it."""
+
 import jax
 import jax.numpy as jnp
 from absl import logging
@@ -9,7 +10,6 @@ from treerl import attention, sharding
 from treerl.kernels import products
 from treerl.models.transformer import Model
 from treerl.types import Params, Policy
-
 
 PART = 64  # heads that a CPU decodes at a time
 
@@ -47,7 +47,14 @@ def in_parts(block, x, angles, attend, cache, window, running):
 
 
 def make_policy(
-    model: Model, params: Params, *, slots: int, rows: int, mesh: Mesh | None = None, pool_dtype: str | None = None, weight_dtype: str | None = None
+    model: Model,
+    params: Params,
+    *,
+    slots: int,
+    rows: int,
+    mesh: Mesh | None = None,
+    pool_dtype: str | None = None,
+    weight_dtype: str | None = None,
 ) -> Policy:
     """The sampler's view: weights are cast and unstacked once, before its loop.
 
@@ -130,7 +137,9 @@ def make_policy(
         moved = [(k, v, move(pool_k, column), move(pool_v, column)) for k, v, pool_k, pool_v in caches]
         return length, last, jnp.zeros((*path.shape[:2], config.width), config.dtype), moved
 
-    return Policy(prefill=prefill, decode=decode, hidden=lambda cache: cache[2], gather=gather, kernels=lone and attention.platform(mesh) == "gpu")
+    return Policy(
+        prefill=prefill, decode=decode, hidden=lambda cache: cache[2], gather=gather, kernels=lone and attention.platform(mesh) == "gpu"
+    )
 
 
 def packed_hidden(model: Model, params: Params, token, position, stop, *, remat: str = "none"):
@@ -157,7 +166,6 @@ def token_logps(module, hidden, target, temperature, *, chunk: int):
     Returns:
       float32 [..., T].
     """
-
 
     def one(logits, target):
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]

@@ -2,6 +2,7 @@
 
 A small network beside the policy. It never changes it: hidden states come in without gradient.
 """
+
 import jax
 import jax.numpy as jnp
 import optax

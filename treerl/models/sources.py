@@ -1,4 +1,5 @@
 """Where a model comes from: a folder, a GGUF file, the small model of a package, or the hub."""
+
 import contextlib
 import glob
 import hashlib
@@ -39,8 +40,7 @@ def resolve(name: str, cache: str) -> str:
     if _HUB_NAME.fullmatch(name):
         return _downloaded(name)
     raise UserError(
-        f"model.source={name!r} is no folder; name a model's folder, a .gguf file, {SMOLLM2!r}, or organisation/model "
-        "of the hub."
+        f"model.source={name!r} is no folder; name a model's folder, a .gguf file, {SMOLLM2!r}, or organisation/model of the hub."
     )
 
 

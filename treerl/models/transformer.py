@@ -5,6 +5,7 @@ function that each passes in (`treerl.attention`). The blocks are stacked along 
 axis. Where the backward pass stores little of a layer they are scanned, and compile time does not
 grow with depth; elsewhere they run one by one, see `Transformer.__call__`.
 """
+
 import dataclasses
 import functools
 import math
@@ -67,18 +68,14 @@ class TransformerConfig:
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
-            raise UserError(
-                f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}; "
-                "make it one."
-            )
+            raise UserError(f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}; make it one.")
         if self.head_dim % 2:
             raise UserError(f"model.head_dim={self.head_dim} is odd; rotary positions need it even.")
         if self.activation not in ACTIVATIONS:
             raise UserError(f"model.activation={self.activation!r} is unknown; known are {', '.join(ACTIVATIONS)}.")
         if self.local and len(self.local) != self.layers:
             raise UserError(
-                f"model.local says which of {len(self.local)} layers are local, model.layers={self.layers}; "
-                "give one entry a layer."
+                f"model.local says which of {len(self.local)} layers are local, model.layers={self.layers}; give one entry a layer."
             )
         if any(self.local) and self.window < 1:
             raise UserError(f"model.window={self.window} cannot work with local layers; set it to 1 or more.")

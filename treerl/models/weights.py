@@ -3,6 +3,7 @@
 Nothing holds the model twice: `load` reads a layer of a leaf at a time, and of it what each device keeps; `save`
 gathers one file's tensors at a time.
 """
+
 import contextlib
 import dataclasses
 import functools
@@ -118,8 +119,7 @@ def _same_model(folder, hf: dict, config: TransformerConfig) -> None:
     for field, value in theirs.items():
         if mine[field] != value:
             raise UserError(
-                f"model.{field}={mine[field]!r}, but the config.json of {folder} says {value!r}; "
-                "make the config with families.from_folder."
+                f"model.{field}={mine[field]!r}, but the config.json of {folder} says {value!r}; make the config with families.from_folder."
             )
 
 
@@ -191,9 +191,7 @@ def _check(folder: str, stored: dict, model: Model) -> None:
             )
     for name in stored:
         if name not in expected and not name.endswith("rotary_emb.inv_freq") and not _tied_copy(name, stored, model):
-            raise UserError(
-                f"{folder} has a tensor {name}, which the model has not; use the config.json of these weights."
-            )
+            raise UserError(f"{folder} has a tensor {name}, which the model has not; use the config.json of these weights.")
 
 
 def _tied_copy(name: str, stored: dict, model: Model) -> bool:

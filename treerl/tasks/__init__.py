@@ -1,4 +1,5 @@
 """Tasks: where examples come from, what the model reads, and what an answer is worth."""
+
 import dataclasses
 import importlib
 from collections.abc import Callable, Sequence

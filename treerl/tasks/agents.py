@@ -1,4 +1,5 @@
 """Tasks of environments: an answer is an episode, and the reference answer one of the scripted player."""
+
 import functools
 
 import jax

@@ -3,6 +3,7 @@
 Prompt "3 5 2 7=23:", answer "(3+5)*2+7". The grader is a parser in XLA with exact rational
 arithmetic in int32, so that grading stays inside the training program.
 """
+
 import contextlib
 import dataclasses
 import functools
@@ -81,8 +82,7 @@ def encode(example: dict, numbers_max: int) -> Encoded:
     given = np.asarray(example["numbers"], np.int32)
     if not 1 <= len(given) <= numbers_max:
         raise UserError(
-            f"a Countdown example has {len(given)} numbers, not 1 to task.numbers_max={numbers_max}; "
-            "mend the example or task.numbers_max."
+            f"a Countdown example has {len(given)} numbers, not 1 to task.numbers_max={numbers_max}; mend the example or task.numbers_max."
         )
     numbers = np.zeros(numbers_max, np.int32)
     numbers[: len(given)] = given
@@ -186,9 +186,7 @@ def _step(numbers: jax.Array, state: Parser, tokens: tuple) -> tuple[Parser, Non
 
     # One-hot masks: vmapped on CPU they take 10% less time than a gather and a scatter.
     slot = jnp.arange(state.outer.divide.shape[0])
-    outside = jax.tree.map(
-        lambda x: jnp.sum(jnp.where(slot == state.depth - 1, x, 0)), state.outer
-    )
+    outside = jax.tree.map(lambda x: jnp.sum(jnp.where(slot == state.depth - 1, x, 0)), state.outer)
     outer = _select((slot == state.depth) & opens, state.frame, state.outer)
 
     # A number or a closed parenthesis is the next factor of a term.
@@ -410,11 +408,13 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
     code_path = pathlib.Path(__file__)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict({
-            "numbers": tfds.features.Sequence(np.int32),
-            "target": np.int32,
-            "solution": tfds.features.Text(),
-        })
+        features = tfds.features.FeaturesDict(
+            {
+                "numbers": tfds.features.Sequence(np.int32),
+                "target": np.int32,
+                "solution": tfds.features.Text(),
+            }
+        )
         # in the order of `puzzles`: its first examples are different puzzles
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 

@@ -3,6 +3,7 @@
 Each function returns (train, heldout), sequences of dicts with "prompt", "answer" (text that graders compare with, or
 None), "completion" (a worked answer that ends in it, or None), and what else a grader may want.
 """
+
 import dataclasses
 import difflib
 import functools
@@ -96,16 +97,14 @@ def reasoning_gym(task: ConfigDict, text: ConfigDict, data_dir: str):
 
     def trouble(error: Exception) -> UserError:
         words = " ".join(str(error).split()) or type(error).__name__
-        return UserError(
-            f"text.source={name} cannot work with text.options={options} ({words}); change text.options or the task's sizes."
-        )
+        return UserError(f"text.source={name} cannot work with text.options={options} ({words}); change text.options or the task's sizes.")
 
     try:
         made = reasoning_gym.create_dataset(name, seed=task.seed, size=task.train_size + task.heldout_size, **options)
     except Exception as error:
         raise trouble(error) from error
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def example(i: int) -> dict:
         try:
             entry = made[i]
@@ -156,9 +155,7 @@ def _example(row: dict, text: ConfigDict, where: str) -> dict:
             raise UserError(f"{where} has no {column!r}; set text.{field} to one of {columns}.")
         cells[field] = _as_text(row[column])
         if cells[field] is None or not cells[field].strip():
-            raise UserError(
-                f"{where}: {column!r} is empty, or neither text nor a number; mend it, or set text.{field} to another column."
-            )
+            raise UserError(f"{where}: {column!r} is empty, or neither text nor a number; mend it, or set text.{field} to another column.")
     before, marks, behind = cells["answer"].rpartition("####")
     others = {column: value for column, value in row.items() if column not in (text.prompt, text.answer)}
     return dict(
@@ -210,8 +207,7 @@ def _cut(length: int, task: ConfigDict, what: str) -> int:
     _sizes(task, ("heldout_size",))
     if length <= task.heldout_size:
         raise UserError(
-            f"{what} has {length} examples and task.heldout_size={task.heldout_size} holds out as many; lower it, or set "
-            "text.heldout."
+            f"{what} has {length} examples and task.heldout_size={task.heldout_size} holds out as many; lower it, or set text.heldout."
         )
     return length - task.heldout_size
 

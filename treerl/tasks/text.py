@@ -1,4 +1,5 @@
 """Text tasks: questions in words, answers graded on the host. See `sources` for where they come from."""
+
 import dataclasses
 
 import numpy as np
