@@ -95,7 +95,7 @@ def test_the_test_passes_and_the_command_runs(name, copy):
     summary = json.loads(run(copy, sys.executable, *command, *SMALL).splitlines()[-1])
     assert summary["steps"] == 1
     [workdir] = (copy / "runs").iterdir()
-    [line] = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    _, line = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     assert math.isfinite(line["loss"]) and line["skipped"] == 0
 
 
