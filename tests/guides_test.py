@@ -52,17 +52,21 @@ def pytest_in(folder: pathlib.Path, *arguments: str) -> int:
     return int(re.search(r"(\d+) passed", told)[1])
 
 
-@pytest.fixture
-def copy(tmp_path) -> pathlib.Path:
-    """The files under version control, new ones included."""
+def copy_to(folder: pathlib.Path) -> pathlib.Path:
+    """Copies the files under version control, new ones included."""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("no git checkout")
     for name in filter(None, listed.stdout.split("\0")):
         if (ROOT / name).is_file():
-            (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, tmp_path / "copy" / name)
-    return tmp_path / "copy"
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def copy(tmp_path) -> pathlib.Path:
+    return copy_to(tmp_path / "copy")
 
 
 def test_every_diff_is_a_guide_and_short():
