@@ -40,11 +40,13 @@ setup(
         "gcs": ["gcsfs"],  # workdirs on gs://
         "gym": ["reasoning-gym"],  # a hundred text tasks
         "textworld": ["textworld"],  # text adventures; builds a part in C
+        "png": ["resvg-py"],  # trees as PNG
         "wandb": ["wandb"],  # metrics to Weights & Biases
         "test": [
             "pytest",
             "pytest-xdist",
             "ruff>=0.17,<0.18",
+            "resvg-py",
             "nbclient",
             "ipykernel",
             "reasoning-gym",

@@ -5,16 +5,19 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import xml.etree.ElementTree
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from matplotlib import image
 from oracles import leaf_cells, random_tree
 
 from treerl import draw
 from treerl.draw import view
+from treerl.errors import UserError
 from treerl.tree import CUT, FINISHED, FORCED, SIMILAR, TRUNCATED
 
 S, K = 5, 4
@@ -327,6 +330,27 @@ def test_two_drawings_are_equal_and_need_nothing():
 
 def data_of(page):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_a_picture_is_saved_as_svg_and_as_png(tmp_path, monkeypatch):
+    tree, reward, advantage = hand_built_tree()
+    picture = draw.draw_tree(tree, to_text, reward=reward, advantage=advantage)
+    assert picture._repr_html_() == picture
+    picture.save(tmp_path / "new" / "a.svg")
+    assert (tmp_path / "new" / "a.svg").read_text() == picture
+    width, height = (float(re.search(rf'{name}="(\d+)"', picture)[1]) for name in ("width", "height"))
+    pytest.importorskip("resvg_py", reason="resvg-py makes PNGs; it is not installed")
+    picture.save(tmp_path / "new" / "a.png", scale=2)
+    pixels = image.imread(tmp_path / "new" / "a.png")
+    assert abs(pixels.shape[1] - 2 * width) <= 1 and abs(pixels.shape[0] - 2 * height) <= 1
+    blue, orange = ((np.abs(pixels[..., :3] * 255 - colour) < 3).all(-1).sum() for colour in ([33, 102, 172], [217, 95, 14]))
+    assert blue > 1000  # a token's disc and the legend's square; orange is the legend's alone, whose tokens are paler
+    assert 400 < orange < blue
+    with pytest.raises(UserError, match="names neither FILE.svg nor FILE.png"):
+        picture.save(tmp_path / "a.jpg")
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(UserError, match="a PNG needs the package resvg-py; pip install resvg-py, or save FILE.svg"):
+        picture.save(tmp_path / "b.png")
 
 
 def test_the_page_knows_what_the_tree_knows():

@@ -1,7 +1,7 @@
 """Pictures of one tree: as indented text, its leaves as a table, as an SVG or PNG, and as a page to walk about in."""
 
 from treerl.draw.page import Page, explore_tree
-from treerl.draw.svg import draw_tree
+from treerl.draw.svg import Picture, draw_tree
 from treerl.draw.text import format_leaves, format_tree
 
-__all__ = ["Page", "draw_tree", "explore_tree", "format_leaves", "format_tree"]
+__all__ = ["Page", "Picture", "draw_tree", "explore_tree", "format_leaves", "format_tree"]

@@ -1,10 +1,14 @@
-"""One tree as an SVG."""
+"""One tree as an SVG or PNG."""
 
 import html
+import os
 
 import numpy as np
+from etils import epath
 
 from treerl.draw.view import CHAR, CHIP, GAP, MARGIN, Box, View, boxes_of, columns_of, outcome, shorten, view_of, visible
+from treerl.errors import UserError
+from treerl.files import write_text
 from treerl.tree import FORCED
 
 WIDTH_LIMIT = 1600  # pixels; in a wider tree chains of tokens become one box each
@@ -23,7 +27,32 @@ _STYLE = (
 )
 
 
-def draw_tree(tree, tokens_to_text, *, reward, advantage, right: float = 0.5, title: str = "") -> str:
+class Picture(str):
+    """The text of an SVG element; at the end of a notebook's cell it shows itself."""
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+    def save(self, path, scale: float = 3.0) -> None:
+        """Writes FILE.svg, or FILE.png with `scale` pixels for each of the drawing's (96 to the inch), by the package resvg-py.
+
+        Raises:
+          UserError: another ending, or resvg-py is not installed.
+        """
+        ending = os.path.splitext(os.fspath(path))[1]
+        if ending == ".svg":
+            return write_text(path, str(self))
+        if ending != ".png":
+            raise UserError(f"path={os.fspath(path)!r} names neither FILE.svg nor FILE.png.")
+        try:
+            import resvg_py
+        except ImportError as error:
+            raise UserError("a PNG needs the package resvg-py; pip install resvg-py, or save FILE.svg.") from error
+        epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        epath.Path(path).write_bytes(bytes(resvg_py.svg_to_bytes(svg_string=str(self), zoom=scale)))
+
+
+def draw_tree(tree, tokens_to_text, *, reward, advantage, right: float = 0.5, title: str = "") -> Picture:
     """Draws one tree as an SVG: depth from left to right, a box for every token, a lane for every line.
 
     Colour is advantage: blue above zero, orange below, as strong as in the largest of the tree. A
@@ -32,7 +61,7 @@ def draw_tree(tree, tokens_to_text, *, reward, advantage, right: float = 0.5, ti
     in its reward and advantage, or in what became of it. In a tree wider than WIDTH_LIMIT a chain
     of tokens between two forks is one box. Hovering shows each box's numbers.
 
-    Show it in a notebook with IPython.display.HTML; it needs nothing beside it.
+    It needs nothing beside it, and shows itself in a notebook.
 
     Args:
         tree, tokens_to_text, reward, advantage, right: as `format_tree` takes them.
@@ -79,7 +108,7 @@ def draw_tree(tree, tokens_to_text, *, reward, advantage, right: float = 0.5, ti
         shown = shorten(visible(title), int((width - 2 * MARGIN) / (CHAR * 1.2)))
         labels.append(_say(shown, MARGIN, 26, "ink", 'font-size="15" font-weight="bold"'))
     root = f'<circle class="ink" cx="{MARGIN + 5}" cy="{y(0):.0f}" r="4"><title>the prompt</title></circle>'
-    return "\n".join([
+    return Picture("\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" class="treerl-tree" role="img" width="{width:.0f}" '
         f'height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" font-size="13" '
         'font-family="ui-monospace, Menlo, Consolas, \'DejaVu Sans Mono\', monospace">',
@@ -87,7 +116,7 @@ def draw_tree(tree, tokens_to_text, *, reward, advantage, right: float = 0.5, ti
         f"<style>{_STYLE}</style>",
         f'<rect class="card" x="0.5" y="0.5" width="{width - 1:.0f}" height="{height - 1:.0f}" rx="6"/>',
         *edges, root, *chips, *labels, _legend(top, bottom + 6), "</svg>",
-    ])  # fmt: skip
+    ]))  # fmt: skip
 
 
 def _edge(box: Box, y, kind: str) -> str:
