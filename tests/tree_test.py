@@ -158,7 +158,7 @@ def small():
         (lambda t: T.down(t, jnp.ones((1, 2, 3))), r"the cell value has shape \(1, 2, 3\), not \(2, 3\)"),
         (lambda t: T.spread(t, leaf_credit=jnp.ones(1)), r"leaf_credit has shape \(1,\), not \(3,\)"),
         (lambda t: T.spread(t, cell_credit=jnp.ones(3)), r"cell_credit has shape \(3,\), not \(2, 3\)"),
-        (lambda t: T.spread(t, leaf_credit=jnp.ones(3), leaf_weight=1.0), r"leaf_weight has shape \(\), not \(3,\)"),
+        (lambda t: T.spread(t, leaf_credit=jnp.ones(3), leaf_weight=jnp.float32(1)), r"leaf_weight has shape \(\), not \(3,\)"),
         (lambda t: T.check(t.replace(used=t.used[:1])), r"used has shape \(1, 3\), not \(2, 3\)"),
         (lambda t: T.check(t.replace(leaf_path=t.leaf_path[:2])), r"leaf_path has shape \(2, 2\), not \(3, 2\)"),
     ],

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from treerl import draw, learner, masked, profiling, prompts as P, rewards, sharding, step as S, tasks, tree as T
@@ -365,7 +366,7 @@ def candidates(fns: S.Fns, state, sampled: S.Sampled, knobs):
     return learner.cell_candidates(fns, state.params, sampled.tree, sampled.prompts, knobs["temperature"], count=count)
 
 
-def load(workdir: str, *, best: bool = False) -> tuple[Experiment, object, int]:
+def load(workdir: epath.PathLike, *, best: bool = False) -> tuple[Experiment, object, int]:
     """Rebuilds the experiment of a workdir on this machine's devices and restores its latest (or best) checkpoint.
 
     On a number of devices that the run's own mesh does not fit, the mesh is data=-1, fsdp=1, tensor=1.

@@ -65,7 +65,7 @@ class LinesFile:
 class MetricsFile(LinesFile):
     """The lines of metrics.jsonl, numbers alone."""
 
-    def write(self, step: int, values: dict) -> None:
+    def write(self, step: int | np.integer, values: dict) -> None:
         """Writes one line and flushes it.
 
         Args:

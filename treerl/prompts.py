@@ -21,7 +21,7 @@ def _pad(rows: list, width: int, what: str, field: str) -> tuple[np.ndarray, np.
     return table, length
 
 
-def encode(task: Task, examples: list[dict], index: np.ndarray, width: int) -> Prompts:
+def encode(task: Task, examples: list, index: np.ndarray, width: int) -> Prompts:
     """Encodes examples as Prompts of `width` tokens with numpy leaves; index is int [B]."""
     encoded = [task.encode(example) for example in examples]
     token, length = _pad([e.prompt for e in encoded], width, "a prompt", "sampler.prompt_length")

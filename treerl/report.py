@@ -89,14 +89,14 @@ class Run(NamedTuple):
         return {name: x for name, x in lines[-1].items() if _held_out(name)} if lines else {}
 
 
-def find(workdir: str) -> list[str]:
+def find(workdir: epath.PathLike) -> list[str]:
     """The runs in a folder: itself, or its seeds if launch.seeds made it."""
     here = epath.Path(workdir)
     seeds = [] if (here / "metrics.jsonl").exists() else sorted(here.glob("seed*/metrics.jsonl"))
     return [os.fspath(path.parent) for path in seeds] or [os.fspath(workdir)]
 
 
-def read_run(workdir: str) -> Run:
+def read_run(workdir: epath.PathLike) -> Run:
     """Reads what there is of a run, finished or not.
 
     Raises:
@@ -359,7 +359,7 @@ def curve(history: list[dict], metric: str) -> np.ndarray:
     return np.array(rows, float)
 
 
-def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def interval(values: np.ndarray) -> tuple[np.ndarray | np.floating, np.ndarray | np.floating]:
     """Mean over runs, [n, ...], and half width of its 95% interval by Student's t, nan for a single run."""
     mean, count = np.mean(values, axis=0), len(values)
     if count < 2:

@@ -10,7 +10,7 @@ from treerl.errors import UserError
 from treerl.files import write_text
 
 
-def claim(workdir: str, config: ConfigDict) -> None:
+def claim(workdir: epath.PathLike, config: ConfigDict) -> None:
     """Checks that a workdir is new, or has a config.json with the same fields; writes nothing.
 
     Devices, folders of data, where and by how many processes answers are graded or games played, learner.max_skipped,
@@ -46,12 +46,12 @@ def telling(found: dict) -> dict:
     return {k: v for k, v in _decisive(found).items() if k != "seed"} if found else {}
 
 
-def has_config(workdir: str) -> bool:
+def has_config(workdir: epath.PathLike) -> bool:
     """Whether a run has claimed this folder."""
     return (epath.Path(workdir) / "config.json").exists()
 
 
-def read_config(workdir: str) -> dict:
+def read_config(workdir: epath.PathLike) -> dict:
     """The fields in the config.json of a workdir; those of config.ADDED that it lacks have their defaults.
 
     Raises:
@@ -75,12 +75,12 @@ def read_config(workdir: str) -> dict:
     return found
 
 
-def read_fields(workdir: str) -> dict:
+def read_fields(workdir: epath.PathLike) -> dict:
     """The fields in the config.json of a workdir by their dotted names, whichever treerl made it."""
     return dict(fields(_read(workdir)[1]))
 
 
-def _read(workdir: str) -> tuple[int, dict]:
+def _read(workdir: epath.PathLike) -> tuple[int, dict]:
     """(version, fields) in a workdir's config.json."""
     path = epath.Path(workdir) / "config.json"
     try:
@@ -92,7 +92,7 @@ def _read(workdir: str) -> tuple[int, dict]:
         raise UserError(f"{path} is damaged; give another --workdir, or put the run's own config there.") from error
 
 
-def write_config(workdir: str, config: ConfigDict) -> None:
+def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
     """Writes config.json, with the version of its fields, into a workdir, made if missing; all of it or nothing."""
     written = dict(version=VERSION) | json.loads(config.to_json_best_effort())
     write_text(epath.Path(workdir) / "config.json", json.dumps(written, indent=2))

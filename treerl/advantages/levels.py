@@ -50,7 +50,7 @@ def levels(tree: T.Tree, segment: int = 0) -> Levels:
     return Levels(at=at, last=last, real=valid[:, None] & (last > before), shared=shared)
 
 
-def each(function, nodes: Levels, *numbers: jax.Array) -> jax.Array:
+def each(function, nodes: Levels, *numbers: jax.Array):
     """Runs a function level by level, so that no [D, L, L] array exists.
 
     Args:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from treerl import environments
@@ -24,7 +25,7 @@ class Encoded(NamedTuple):
 
     prompt: list[int]
     answer: list[int]  # a reference answer, EOS included
-    data: dict[str, np.ndarray]  # what the grader needs, or the environment's task; the same shapes for every example
+    data: dict[str, np.ndarray | np.generic]  # what the grader needs, or the environment's task; the same shapes for every example
 
 
 class HostGraders(NamedTuple):
@@ -72,7 +73,7 @@ class Task:
 
 
 def make(
-    config: ConfigDict, data_dir: str, text: ConfigDict | None = None, tokenizer: CharTokenizer | TextTokenizer | None = None,
+    config: ConfigDict, data_dir: epath.PathLike, text: ConfigDict | None = None, tokenizer: CharTokenizer | TextTokenizer | None = None,
     environment: ConfigDict | None = None,
 ) -> Task:  # fmt: skip
     """Builds the task `config.name`, preparing its examples under data_dir once.

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from jax import lax
 from ml_collections import ConfigDict
 
@@ -30,7 +31,7 @@ TOKENIZER = CharTokenizer("0123456789" + OPERATORS + "()=: ")
 ZERO, PLUS, MINUS, TIMES, OVER, OPEN, CLOSE, SPACE = TOKENIZER.encode("0+-*/() ")
 
 
-def make(config: ConfigDict, data_dir: str) -> Task:
+def make(config: ConfigDict, data_dir: epath.PathLike) -> Task:
     """Prepares the puzzles under data_dir (once a difficulty) and returns the task.
 
     Args:
@@ -430,7 +431,7 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
             yield i, puzzle._asdict()
 
 
-def _prepared(difficulty: Difficulty, data_dir: str) -> Countdown:
+def _prepared(difficulty: Difficulty, data_dir: epath.PathLike) -> Countdown:
     """The builder of the difficulty, its examples written."""
 
     def build():

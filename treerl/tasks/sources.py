@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from treerl.errors import UserError
@@ -41,7 +42,7 @@ def _sizes(task: ConfigDict, fields: tuple[str, ...]) -> None:
             raise UserError(f"task.{field}={task[field]} cannot work; set it to 1 or more.")
 
 
-def addition(task: ConfigDict, text: ConfigDict, data_dir: str):
+def addition(task: ConfigDict, text: ConfigDict, data_dir: epath.PathLike):
     """Sums of two numbers of as many digits each; a pair is in one split, in one of its two orders.
 
     text.options: digits, 1 to 9; of one digit, 1 to 9 without the 0.
@@ -69,7 +70,7 @@ def addition(task: ConfigDict, text: ConfigDict, data_dir: str):
     return made[: task.train_size], made[task.train_size :]
 
 
-def reasoning_gym(task: ConfigDict, text: ConfigDict, data_dir: str):
+def reasoning_gym(task: ConfigDict, text: ConfigDict, data_dir: epath.PathLike):
     """A task of reasoning-gym: held-out questions first, then training ones, of which those held out are replaced.
 
     Questions are made as they are asked for: some take 50 ms. The example's "entry" is what the dataset's own scorer
@@ -185,7 +186,7 @@ def _lines(path: str, text: ConfigDict, field: str) -> list[dict]:
     return made
 
 
-def jsonl(task: ConfigDict, text: ConfigDict, data_dir: str):
+def jsonl(task: ConfigDict, text: ConfigDict, data_dir: epath.PathLike):
     """The lines of a file; training lines whose question is also held out are left out."""
     examples = _lines(text.source, text, "source")
     if text.heldout:
@@ -212,7 +213,7 @@ def _cut(length: int, task: ConfigDict, what: str) -> int:
     return length - task.heldout_size
 
 
-def tfds(task: ConfigDict, text: ConfigDict, data_dir: str):
+def tfds(task: ConfigDict, text: ConfigDict, data_dir: epath.PathLike):
     """Splits of a dataset that TensorFlow Datasets has prepared under data_dir as array_record files."""
     import tensorflow_datasets
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from treerl.errors import UserError
@@ -14,7 +15,7 @@ from treerl.tokenizers import CharTokenizer, TextTokenizer
 PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))
 
 
-def make(task: ConfigDict, text: ConfigDict, data_dir: str, tokenizer: CharTokenizer | TextTokenizer | None) -> Task:
+def make(task: ConfigDict, text: ConfigDict, data_dir: epath.PathLike, tokenizer: CharTokenizer | TextTokenizer | None) -> Task:
     """Makes or reads the examples of the task `task.name` and finds its graders.
 
     Args:
@@ -101,7 +102,7 @@ class _Room:
             raise UserError(f"{what} cannot be written in tokens: {error}") from error
         return Encoded(prompt, answer + [self.tokenizer.eos_ids[0]], {"row": np.int32(example["row"])})
 
-    def read(self, tokens: np.ndarray, length: int) -> str:
+    def read(self, tokens: np.ndarray, length: int | np.integer) -> str:
         """The text of an answer, its end aside."""
         ids = [int(token) for token in tokens[: max(int(length), 0)]]
         end = next((i for i, token in enumerate(ids) if token in self.tokenizer.eos_ids), len(ids))
