@@ -215,3 +215,15 @@ def test_top_level_holds_only_what_was_agreed():
 def test_ruff_has_nothing_to_say(command):
     ruff = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
     assert ruff.returncode == 0, ruff.stdout + ruff.stderr
+
+
+TYPED = "config countdown draw files gguf masked metrics report tree".split()  # files whose tests hand over nothing wrong but on purpose
+
+
+@pytest.mark.slow
+def test_annotations_are_true():
+    """Functions are given, and give, what their annotations say, while these tests call them."""
+    files = [f"tests/{name}_test.py" for name in TYPED]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--typeguard-packages=treerl", *files]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 0, told.stdout[-4000:]
