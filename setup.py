@@ -46,6 +46,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff>=0.17,<0.18",
+            "typeguard",
             "resvg-py",
             "nbclient",
             "ipykernel",
