@@ -6,7 +6,7 @@ import re
 from absl import flags
 
 from launch.usage import help_if_asked
-from treerl.config import OPTIONS, default, fields, unknown
+from treerl.config import OPTIONS, default, fields, misfit, unknown
 from treerl.errors import UserError
 
 
@@ -54,7 +54,6 @@ def _mistake(error: flags.Error) -> Exception:
     if dotted := re.match(r"flag --config\.([\w.]+)=.*does not accept dots", text):
         return UserError(f"{dotted[1]} has a name with a dot, which a config cannot hold; write package/module:function.")
     if field := re.match(r"flag --config\.([\w.]+)=(.*?): ", text):
-        like = dict(fields(default())).get(field[1])
-        if like is not None:
-            return UserError(f"{field[1]}={field[2]} is no {type(like).__name__}; set one such as {like!r}.")
+        if field[1] in dict(fields(default())):
+            return misfit(field[1], field[2].strip())
     return UserError(" ".join(text.split()))

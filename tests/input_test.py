@@ -522,7 +522,7 @@ def test_a_disk_that_is_full_for_other_files(name, quick, tmp_path):
 
 def test_a_workdir_that_cannot_be_made(quick, tmp_path):
     (tmp_path / "run").write_text("mine")
-    assert sentence(quick) == refused(tmp_path / "run", "File exists")
+    assert sentence(quick) == f"workdir={tmp_path / 'run'} is a file; give a folder, or a name that is free."
     assert files(tmp_path) == {pathlib.Path("run"): b"mine"}
 
 

@@ -74,6 +74,7 @@ def test_report_draws_the_metrics_that_exist(tmp_path):
         ("reward", ["reward"]), ("pass@k and votes on held-out examples", ["pass@4"]), ("entropy, nats", ["entropy"]),
         ("other", ["unknown", "my_entropy"]),
     ]  # fmt: skip
+    assert "a run goes on from update 10, the best by pass@1 (0.1)." in page
     assert warm == [("pass@k and votes on held-out examples", ["pass@1"]), ("loss", ["loss"])]
 
 
@@ -95,6 +96,7 @@ def test_every_metric_of_a_step_is_drawn_once_and_no_group_is_for_none(tmp_path)
 def test_trees_of_an_example_lie_beside_each_other(tmp_path):
     trees = [tree(step=s, index=i, caption=f"{i} at {s}") for s, i in [(0, 5), (0, 2), (9, 5), (9, 2)]]
     page = write(tmp_path / "report.html", trees=trees)
+    assert "Each tree is" in page and "Each tree is" not in write(tmp_path / "none.html")
     assert re.findall(r"<p>(\d at \d) \((.*?)\)</p>", page) == [
         ("5 at 0", "before training"), ("5 at 9", "after step 9"), ("2 at 0", "before training"), ("2 at 9", "after step 9"),
     ]  # fmt: skip
@@ -108,8 +110,8 @@ def test_report_of_nothing_has_no_empty_sections(tmp_path):
 def test_report_table_is_of_what_held_out_examples_measured_first_and_last(tmp_path):
     lines = [{"step": 0, "pass@1": 0.12345}, {"step": 1, "pass@1": 0.2, "heldout/x": 0.7, "pass@8": 1}, {"step": 2, "reward": 3.0}]
     page = write(tmp_path / "report.html", history=lines)
-    assert "<td>pass@1</td><td>0.1235</td><td>0.2</td>" in page
-    assert "<td>pass@8</td><td>—</td><td>1</td>" in page and "<td>heldout/x</td><td>—</td><td>0.7</td>" in page
+    assert "<td>pass@1</td><td>0.1235</td><td>0.2</td><td>+0.07655</td>" in page
+    assert "<td>pass@8</td><td>—</td><td>1</td><td>—</td>" in page and "<td>heldout/x</td><td>—</td><td>0.7</td><td>—</td>" in page
     assert "<td>reward</td>" not in page
 
 
@@ -138,7 +140,7 @@ def test_runs_that_differ_in_their_seeds_are_one_kind(tmp_path):
     runs.append(run("other", history=lines(3), config=config(1, **{"advantage.name": "rloo"}), notes=["half"]))
     assert {name: [x.name for x in kind] for name, kind in report.kinds(runs).items()} == {"g": ["g_1", "g_2"], "other": ["other"]}
     page = write(tmp_path / "report.html", *runs)
-    assert "<td>pass@1</td><td>0 ± 0 (2)</td><td>3 ± 13 (2)</td><td>0</td><td>6</td>" in page
+    assert "<td>pass@1</td><td>0 ± 0 (2)</td><td>3 ± 13 (2)</td><td>+3 ± 13 (2)</td><td>0</td><td>6</td><td>+6</td>" in page
     assert "<td>advantage.name</td><td>&#x27;grpo&#x27;</td><td>&#x27;rloo&#x27;</td>" in page
     assert "<td>seed</td><td>1, 2</td><td>1</td>" in page and "<td>steps</td>" not in page
     assert ">other: half</p>" in page and "different tasks" not in page

@@ -278,7 +278,7 @@ def test_summary(runs):
 
 def test_report(runs):
     page = (runs["folder"] / "killed" / "report.html").read_text()
-    assert page.count("<iframe srcdoc=") == 8 and page.count("leaves right; forks: ") == 8
+    assert page.count("<iframe srcdoc=") == 8 and page.count("leaves right; forks: ") == page.count("; fresh starts: ") == 8
     trees = metrics.read(runs["folder"] / "killed/trees.jsonl")
     assert [(tree["step"], tree["index"]) for tree in trees[4:]] == [(STEPS, tree["index"]) for tree in trees[:4]]
     assert {tree["step"] for tree in trees[:4]} == {0} and len({tree["index"] for tree in trees}) == 4

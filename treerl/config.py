@@ -250,6 +250,14 @@ def fields(config, prefix: str = ""):
             yield prefix + name, value
 
 
+def misfit(name: str, text: str) -> UserError:
+    """What is said of a text that is no value of a field."""
+    like = dict(fields(default()))[name]
+    if isinstance(like, ConfigDict):
+        return UserError(f"{name}={text} is no dictionary; write it as --config.{name}=\"{{'NAME': VALUE}}\".")
+    return UserError(f"{name}={text} is no {type(like).__name__}; set one such as {like!r}.")
+
+
 def _are_lengths(values) -> bool:
     return all(type(x) is int and x > 0 for x in values)
 

@@ -28,6 +28,7 @@ class Grown(NamedTuple):
     reward: np.ndarray  # [B, L] float32
     advantage: np.ndarray  # [B, S, K] float32; of leaf credit, the mean over the leaves below a cell
     forks: np.ndarray  # [B] int32
+    restarts: np.ndarray  # [B] int32, lines that began at the prompt because a slot was free
     pruned: np.ndarray  # [B] int32
     prompt: np.ndarray  # [B, P] int32, as the policy read it: in an environment, with the first observation
     length: np.ndarray  # [B] int32, of the prompt
@@ -289,7 +290,9 @@ class Experiment:
         found = self._credit(state, sampled, graded, numbers)
         stats, read = sampled.stats, sampled.prompts
         more = self._candidates(state, sampled, numbers) if candidates and sampled.contexts is None else None
-        every = self._gather(Grown(sampled.tree, graded.reward, found, stats.forks, stats.pruned, read.token, read.length, more))
+        every = self._gather(
+            Grown(sampled.tree, graded.reward, found, stats.forks, stats.restarts, stats.pruned, read.token, read.length, more)
+        )
         return jax.tree.map(lambda x: x[: len(examples)], jax.device_get(every))
 
     def export(self, state, folder: str, *, dtype: str | None = None) -> None:

@@ -176,8 +176,8 @@ def write_report(path, runs: list[Run], title: str | None = None) -> None:
         ("Runs", _facts(runs)),
         ("What differs", "" if alone else _differences(groups)),
         ("Training", _curves({name: [run.history for run in kind] for name, kind in groups.items()}, by_tokens=not alone)),
-        ("Warm-up", _curves({name: [run.warmup for run in kind] for name, kind in groups.items()})),
-        ("Trees", "\n".join(_tree(**tree) for tree in _by_example(runs[0].trees)) if alone else ""),
+        ("Warm start", _warm_start(runs) + _curves({name: [run.warmup for run in kind] for name, kind in groups.items()})),
+        ("Trees", _LEGEND + "\n".join(_tree(**tree) for tree in _by_example(runs[0].trees)) if alone and runs[0].trees else ""),
         ("Configuration", "".join(_config(name, kind[0].config) for name, kind in groups.items())),
     ]
     body = "\n".join((f"<h2>{heading}</h2>\n" if heading else "") + text for heading, text in sections if text)
@@ -189,6 +189,13 @@ def _config(name: str, fields: dict) -> str:
     text = "\n".join(f"{field} = {value!r}" for field, value in fields.items())
     summary = f"every field of {html.escape(name)}"
     return f"<details><summary>{summary}</summary>\n<pre>{html.escape(text)}</pre></details>\n" if fields else ""
+
+
+_LEGEND = """<p>Each tree is an answer's tokens from left to right, a line for every answer, which ends in its reward and the advantage A of its last
+token; ▮ is the end. A square was forced by the branching rule: a likely token that a line did not draw and a free slot took up. Lines are as
+thick as their tokens were probable. Grey, dashed tokens have no answer below them and say why: "similar" lines stayed within pruning.tau_ed edits
+a token of the line that they had forked from. Lines that begin at the prompt are samples of their own and are not compared. Click a token.</p>
+"""
 
 
 def _by_example(trees: list[dict]) -> list[dict]:
@@ -210,22 +217,38 @@ def _rows(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _table(groups: dict[str, list[Run]]) -> str:
-    """Scores on held-out examples before and after, of each kind with its interval."""
-    found = {(name, last): [run.scores(last) for run in kind] for name, kind in groups.items() for last in (False, True)}
+    """Scores on held-out examples before and after, and the change of each run, of each kind with its interval."""
+    found, head = {}, []
+    for name, kind in groups.items():
+        before, after = ([run.scores(last) for run in kind] for last in (False, True))
+        known = lambda metric, own: own[0].get(metric) is not None and own[1].get(metric) is not None
+        change = [{metric: own[1][metric] - own[0][metric] for metric in own[1] if known(metric, own)} for own in zip(before, after)]
+        for what, numbers in dict(before=before, after=after, change=change).items():
+            found[name, what] = numbers
+            head.append(f"{name} {what}" if len(groups) > 1 else what)
     metric_names = dict.fromkeys(metric for scores in found.values() for own in scores for metric in own)
-    head = [f"{name} {('before', 'after')[last]}" if len(groups) > 1 else ("before", "after")[last] for name, last in found]
-    return _rows(
-        ["", *head], [[metric, *(_mean([own.get(metric) for own in scores]) for scores in found.values())] for metric in metric_names]
-    )
+    shown = lambda what, scores, metric: _mean([own.get(metric) for own in scores], "+" if what == "change" else "")
+    return _rows(["", *head], [[metric, *(shown(what, scores, metric) for (_, what), scores in found.items())] for metric in metric_names])
 
 
-def _mean(values: list) -> str:
-    """A number, or the mean of several and the half width of its interval."""
+def _mean(values: list, sign: str = "") -> str:
+    """A number, or the mean of several and the half width of its interval; with a sign if asked."""
     values = [x for x in values if x is not None]
     if len(values) < 2:
-        return _number(values[0] if values else None)
+        return format(values[0], sign + ".4g") if values else "—"
     mean, half = interval(np.array(values, float))
-    return f"{mean:.4g} ± {half:.2g} ({len(values)})"
+    return f"{mean:{sign}.4g} ± {half:.2g} ({len(values)})"
+
+
+def _warm_start(runs: list[Run]) -> str:
+    """Which of the measured states training started from: the best."""
+    told = []
+    for run in runs:
+        points = [line for line in run.warmup if line.get("pass@1") is not None]
+        if points:
+            best = max(points, key=lambda line: line["pass@1"])
+            told.append(f"{run.name} goes on from update {best['step']}, the best by pass@1 ({_number(best['pass@1'])}).")
+    return "".join(f"<p>{html.escape(text)}</p>\n" for text in told)
 
 
 def _facts(runs: list[Run]) -> str:

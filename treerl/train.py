@@ -318,7 +318,7 @@ def example_trees(
             picks += [i for i in ranked.tolist() if i not in picks][:1]
     trees = []
     for i in picks:
-        caption = f"{right[i]} of {valid[i].sum()} leaves right; forks: {grown.forks[i]}; pruned: {grown.pruned[i]}."
+        caption = f"{right[i]} of {valid[i].sum()} leaves right; forks: {grown.forks[i]}; fresh starts: {grown.restarts[i]}; pruned: {grown.pruned[i]}."
         text = experiment.read_text(grown, i) + "\n" + experiment.tree_text(grown, i)
         trees.append(dict(index=i, caption=caption, page=str(experiment.tree_page(grown, i)), text=text))
     return picks, trees

@@ -17,9 +17,11 @@ def claim(workdir: epath.PathLike, config: ConfigDict) -> None:
     samples_every, wandb and which checkpoints are kept may differ, and so may `steps` without a schedule over them.
 
     Raises:
-      UserError: the workdir belongs to another experiment; names the first field that differs.
+      UserError: the workdir is a file, or belongs to another experiment; names the first field that differs.
     """
     if not has_config(workdir):
+        if epath.Path(workdir).exists() and not epath.Path(workdir).is_dir():
+            raise UserError(f"workdir={workdir} is a file; give a folder, or a name that is free.")
         return
     old, new = (_decisive(found) for found in (dict(fields(read_config(workdir))), dict(fields(json.loads(config.to_json_best_effort())))))
     free = ("steps",) if config.optimizer.schedule == "constant" else ()
