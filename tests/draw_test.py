@@ -440,7 +440,7 @@ def test_a_browser_answers_clicks_searches_and_colours(tmp_path):
     candidates = {(1, 0): [(ord("c"), 0.5), (ord("q"), 0.125)], None: [(ord("r"), 0.25)]}
     page = draw.explore_tree(tree, to_text, reward=reward, advantage=advantage, candidates=candidates, columns={"quality": np.ones((5, 4))})
     root = in_browser(page, tmp_path)
-    assert "a fork into 2" in root and ['"r"', "0.250", "not taken"] == elements(root, "td")[-3:]
+    assert "2 lines begin here" in root and ['"r"', "0.250", "not taken"] == elements(root, "td")[-3:]
     script = """
       [...document.querySelectorAll("b")].find(b => b.textContent === "b").click();
       at("search").value = "DF"; at("search").dispatchEvent(new Event("input"));

@@ -76,6 +76,8 @@ def launch(entry: str, *flags: str) -> subprocess.CompletedProcess:
     ("", ["--config.pruning.windows=(4,6"], "pruning.windows=(4,6 is no tuple; set one such as (4, 6)."),
     ("", ["--config.advantage.multipliers.ace.alpha=3"],
      "--config.advantage.multipliers.ace.alpha cannot be set alone; write --config.advantage.multipliers=\"{'ace': VALUE}\"."),
+    ("", ["--config.advantage.options=clip=3"],
+     "advantage.options=clip=3 is no dictionary; write it as --config.advantage.options=\"{'NAME': VALUE}\"."),
     ("", ["--config.advantage.options.clip=3"],
      "--config.advantage.options.clip cannot be set alone; write --config.advantage.options=\"{'clip': VALUE}\"."),
     ("", ["--config.text.graders={'mine.graders:length': 1.0}"],
