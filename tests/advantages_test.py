@@ -190,6 +190,7 @@ def binary(deep):
     return T.from_parents(parent, used, [[deep - 1, k] for k in range(slots)])
 
 
+@pytest.mark.slow
 def test_a_tree_that_never_forks_is_grpo():
     rng = np.random.default_rng(2)
     for count in (2, 3, 8):
@@ -256,6 +257,7 @@ def test_median_of_binary_rewards_has_no_deviation():
     np.testing.assert_allclose(shifted, np.array([-2, -1, 0, 1, 98]) / 1.001, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_fusions_agree_where_they_must():
     reward = jnp.array([1.0, 0.0, 0.5, 0.2])
     deep, flat = binary(2), star(4)
@@ -315,6 +317,7 @@ def given(name, leaves):
     return [jnp.ones(leaves)] * len(A.extras(A.ESTIMATORS[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(A.ESTIMATORS) - {"reinforce_pp"}))
 def test_degenerate_groups_get_exactly_zero(name):
     estimator = lambda tree, reward: first(A.ESTIMATORS[name](tree, reward, *given(name, reward.size)))
@@ -369,6 +372,7 @@ def test_two_node_depth_is_a_sign():
 # --- composition ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_multipliers_apply_in_order_and_to_cells_as_means():
     tree = binary(2).replace(entropy=jnp.arange(8.0).reshape(2, 4), logp_policy=-jnp.arange(8.0).reshape(2, 4))
     batch, reward = jax.tree.map(lambda x: x[None], tree), jnp.array([[1.0, 0, 1, 0]])

@@ -55,6 +55,7 @@ def sampled(name="household"):
     return found, prompts, found._sample_half(found.init(0), prompts, found.knobs)
 
 
+@pytest.mark.slow
 def test_the_whole_step_stays_on_the_device():
     """No transfer, however small, and no call of the host, while a step samples, acts, grades, credits and updates."""
     found, prompts, _ = sampled()
@@ -68,6 +69,7 @@ def test_the_whole_step_stays_on_the_device():
     assert int(state.step) == 2 and float(values["turns"]) > 1 and 0 < float(values["invalid"]) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", environments.NAMES[:2])
 def test_sampler_and_learner_agree_on_episodes(name):
     """Log-probs of every kept cell, observations too: the learner reads the very text that the sampler read."""
@@ -78,6 +80,7 @@ def test_sampler_and_learner_agree_on_episodes(name):
     np.testing.assert_allclose(np.where(kept, logp, 0), np.where(kept, grown.tree.logp_policy, 0), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_observations_have_no_weight_and_their_log_probs_do_not_matter():
     found, prompts, grown = sampled()
     tree = grown.tree
@@ -103,6 +106,7 @@ def test_a_penalty_comes_off_the_reward_that_is_trained_on():
 # --- demonstrations --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", environments.NAMES[:2])
 def test_a_demonstration_is_an_episode_of_the_player(name):
     """Its own tokens, carried out by the environment, give the observations that stand between them."""
@@ -127,6 +131,7 @@ def test_a_demonstration_is_an_episode_of_the_player(name):
     np.testing.assert_array_equal(again.demonstrate(task.train[3])[0], task.demonstrate(task.train[3])[0])
 
 
+@pytest.mark.slow
 def test_long_demonstrations_are_cut_and_observations_are_not_learnt():
     task = experiment().task
     token, length, own = P.encode_answers(task, [task.train[i] for i in range(8)], 20)
@@ -151,6 +156,7 @@ def forgetful(window):
     return found, prompts, found._sample_half(found.init(0), prompts, found.knobs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 1, 2, 7])
 def test_every_turn_reads_the_goal_and_the_last_turns(window):
     """Contexts against a replay of what was done, up to a window longer than the episode."""
@@ -180,6 +186,7 @@ def test_every_turn_reads_the_goal_and_the_last_turns(window):
             assert over and row == tree.leaf[b, k, 0] + 1 and not tree.used[b, row:, k].any()
 
 
+@pytest.mark.slow
 def test_the_learner_reads_the_same_contexts_and_moves_nothing():
     found, prompts, grown = forgetful(2)
     params = found.init(0).params
@@ -201,6 +208,7 @@ def test_the_learner_reads_the_same_contexts_and_moves_nothing():
     assert float(values["turns"]) == 6
 
 
+@pytest.mark.slow
 def test_a_lesson_is_a_turn_of_a_demonstration_as_the_policy_would_read_it():
     found, _, _ = forgetful(2)
     task = found.task
@@ -253,6 +261,7 @@ def on_eight(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_devices_do_not_change_the_step(memory, on_eight):
     wanted, found = spread(memory, mesh__data=1, mesh__fsdp=1, mesh__tensor=1), np.load(on_eight / f"{memory}.npz")

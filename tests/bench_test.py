@@ -66,6 +66,7 @@ def run(suite):
     return list(SUITES[suite](**one, **TOY[suite]))
 
 
+@pytest.mark.slow
 def test_two_devices_grow_the_trees_of_one():
     found = {name: row["value"] for name, row in named("meshes").items()}
     assert found["2x1x1.first_step"] == 1 and found["2x1x1.same_steps"] == 2
@@ -76,6 +77,7 @@ def named(suite):
     return {row["name"]: row for row in run(suite)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", SUITES)
 def test_rows_are_well_formed(suite):
     rows = run(suite)
@@ -103,6 +105,7 @@ def test_the_two_losses_and_gradients_of_the_learner_are_the_same():
     assert rows["unique_tokens"]["ratio"] < 1
 
 
+@pytest.mark.slow
 def test_random_trees_of_the_estimators_suite_are_trees():
     trees = estimators.random_trees(20, rows=16, slots=8)
     forks = 0
@@ -148,6 +151,7 @@ def test_an_estimator_unlike_its_plain_implementation_raises(monkeypatch):
         list(SUITES["estimators"](**TOY["estimators"]))
 
 
+@pytest.mark.slow
 def test_a_perturbed_objective_raises(monkeypatch):
     right = learner.flat_objective
 
@@ -169,6 +173,7 @@ def test_agreement_tells_nan_and_small_differences():
         learner.check_agreement("packed", float("nan"), 1.0, 1.0, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 3, 8])
 @pytest.mark.parametrize("last_fork", [0, 2, 9])
 def test_forked_trees_are_trees(slots, last_fork):
@@ -264,6 +269,7 @@ def test_a_rule_that_did_something_else_raises(rule, iterations, pruned):
         sampler.check_ran(rule, stats, TOY["sampler"])
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_at_fewer_operations():
     sizes = dict(TOY["learner"], bin_tokens=(32,), lora_rank=2, param_dtype="float32")
     rows = {row["name"]: row["value"] for row in learner.rows(**sizes)}
@@ -273,6 +279,7 @@ def test_adapters_are_trained_at_fewer_operations():
     assert rows["packed_32.gradient_difference"] < 1e-4
 
 
+@pytest.mark.slow
 def test_the_halves_of_a_step_make_the_step():
     """Sampling and learner as they are timed alone, one after the other, update the state as the whole step does."""
     config, mesh = step.make_config(TOY["step"]), sharding.make_mesh()
@@ -338,6 +345,7 @@ def test_unknown_suite_is_one_sentence():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, sentence",
     [

@@ -67,6 +67,7 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
     np.testing.assert_allclose(O.transformers_logits(tmp_path), O.golden(name), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, mean, most", [("float32", 1e-6, 1e-5), ("bfloat16", 0.02, 0.1)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sampler_and_learner_agree_on_log_probs(name, dtype, mean, most):

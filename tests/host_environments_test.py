@@ -610,6 +610,7 @@ def test_lines_of_the_sampler_play_games_and_a_fault_ends_one_of_them():
 # --- in a run -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_counts_failures_goes_on_and_leaves_no_process(tmp_path, monkeypatch):
     """Three of eight tasks cannot start, nor be shown; a user's environment is a module and its name in NAMES."""
     from agents_test import small

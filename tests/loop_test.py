@@ -95,6 +95,7 @@ def runs(tmp_path_factory):
 # --- what a run writes ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_samples_of_the_right_steps(runs):
     folder, *_ = runs
     lines = [json.loads(line) for line in (folder / "whole/samples.jsonl").read_text().splitlines()]
@@ -134,6 +135,7 @@ def test_the_memory_of_a_step_is_told_before_the_first(runs):
     assert told.start() < re.search(rf"[1-9]/{STEPS} \[", log).start()
 
 
+@pytest.mark.slow
 def test_without_samples_the_file_stays_empty(runs):
     folder, *_ = runs
     done(train(folder, "quiet", steps=2, samples_every=0))
@@ -142,6 +144,7 @@ def test_without_samples_the_file_stays_empty(runs):
     assert first["reward"] == pytest.approx(wanted["reward"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluate(runs):
     folder, *_ = runs
     found, _ = done(launch(folder, "evaluate", f"--workdir={folder / 'killed'}"))
@@ -150,6 +153,7 @@ def test_evaluate(runs):
     assert {"majority@3", "heldout/reward", "heldout/exact"} <= set(found)
 
 
+@pytest.mark.slow
 def test_generate(runs):
     folder, *_ = runs
     run = launch(folder, "generate", f"--workdir={folder / 'whole'}", "--prompt=20 + 20 =")
@@ -181,6 +185,7 @@ def model(folder: pathlib.Path, **changes) -> str:
 LORA = dict(model__lora_rank=2, text__chat=True, sampler__prompt_length=96, learner__bin_tokens=112, evaluation__every=2)
 
 
+@pytest.mark.slow
 def test_a_run_of_adapters_on_a_published_model_resumes(runs):
     folder, *_ = runs
     changes = dict(LORA, model__source=model(folder / "model"))
@@ -243,6 +248,7 @@ def test_out_of_memory():
         assert raised.value is other
 
 
+@pytest.mark.slow
 def test_a_run_that_finds_no_memory(monkeypatch, tmp_path):
     """Wherever it is: here while held-out examples are scored."""
     from treerl import train as T
@@ -300,6 +306,7 @@ MODELS = {  # what is done to a model's folder -> the sentence, {} being the fol
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", MODELS)
 def test_models_that_cannot_work(damage, tmp_path):
     source, (do, message) = pathlib.Path(model(tmp_path / "model")), MODELS[damage]

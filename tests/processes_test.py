@@ -17,6 +17,7 @@ import pytest
 from treerl import metrics, processes, sharding
 from treerl.errors import UserError
 
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIZES = {  # sums of one digit as characters, graded on the host
     "steps": 6,

@@ -254,6 +254,7 @@ def test_greedy_line_takes_the_argmax_and_is_forced():
             last = one.token[row, 0]
 
 
+@pytest.mark.slow
 def test_trees_do_not_depend_on_their_place_or_neighbours():
     whole, _ = grow(table(1), jax.random.key(7), jnp.array([4, 9, 2, 7, 1, 3]), rule="lookahead", prune="similarity")
     part, _ = grow(table(1), jax.random.key(7), jnp.array([7, 4]), rule="lookahead", prune="similarity")
@@ -262,6 +263,7 @@ def test_trees_do_not_depend_on_their_place_or_neighbours():
             np.testing.assert_array_equal(part[field][here], whole[field][there])
 
 
+@pytest.mark.slow
 def test_the_same_prompt_twice_gives_different_trees():
     tree, _ = grow(table(1), jax.random.key(7), jnp.array([0, 1]), rule="lookahead")
     assert np.any(tree.token[0] != tree.token[1])
@@ -269,6 +271,7 @@ def test_the_same_prompt_twice_gives_different_trees():
     assert len({tuple(np.asarray(plain.token[0, :, k])) for k in range(K)}) > 1, "slots repeat each other"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths, segment", [((S,), 3), ((4, 8, S), 4), ((6, S), 2)])
 def test_segments_and_row_bounds_change_nothing(lengths, segment):
     want, _ = grow(table(2), jax.random.key(0), jnp.arange(B), rule="lookahead", budget=2 * S)
@@ -286,6 +289,7 @@ def test_a_line_that_outlasts_the_budget_is_cut_and_no_leaf():
     assert np.all(tree.leaf == -1) and np.all(np.asarray(tree.end)[:, 7] == T.CUT)
 
 
+@pytest.mark.slow
 def test_empty_slots_are_filled_from_the_prompt_after_fill_after_iterations():
     """Fills start at that iteration, do not fork, and an exact budget lets them reach the last row."""
     uniform = np.zeros((VOCAB, VOCAB), np.float32)  # every token is a candidate wherever forking is allowed
@@ -323,6 +327,7 @@ def test_empty_slots_are_filled_from_the_prompt_after_fill_after_iterations():
     assert reused > 0 and np.all(stats.restarts >= 2)
 
 
+@pytest.mark.slow
 def test_a_line_reborn_from_a_finished_one_sees_all_its_ancestors():
     """Nothing runs when slot 2 is born at row 8 of a line that is DONE: the rows of its path count, not of runners."""
     births = jnp.array([[S, 2, 0, 8, -1]])
@@ -334,6 +339,7 @@ def test_a_line_reborn_from_a_finished_one_sees_all_its_ancestors():
         assert one.leaf[2].tolist() == [S - 1, 2] and one.parent[9, 2] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [0, 2], ids=["of another column", "of its own column"])
 @pytest.mark.parametrize("pruned", [False, True], ids=["cut", "pruned"])
 def test_a_newborn_that_has_drawn_nothing_marks_no_cell(line, pruned):
@@ -348,6 +354,7 @@ def test_a_newborn_that_has_drawn_nothing_marks_no_cell(line, pruned):
     T.check(one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segment", [1, 4])
 def test_a_rule_on_a_timer_does_nothing_to_a_tree_that_is_over(segment):
     """A tree is stepped while others run; what the rules do to it then it would not have got alone."""
@@ -416,6 +423,7 @@ def test_nucleus_keeps_the_smallest_set_of_that_mass(top_p):
         np.testing.assert_array_equal(mine, np.isin(np.arange(40), keep))
 
 
+@pytest.mark.slow
 def test_behaviour_logp_is_of_the_truncated_distribution():
     tree, _ = grow(table(0), jax.random.key(0), jnp.arange(B), rule="stochastic", top_p=0.6, temperature=0.8)
     for one in each(tree):
@@ -443,6 +451,7 @@ def test_draw_inverts_the_sum_and_never_picks_weight_zero():
     assert np.mean(got == want) > 0.97  # the rest differ by rounding at a boundary
 
 
+@pytest.mark.slow
 def test_empty_lines_hold_nothing():
     lines = empty_lines(2, 3, 4)
     assert np.all(lines.status == FREE) and np.all(lines.path == -1) and np.all(lines.parent == -1)

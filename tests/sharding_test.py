@@ -148,6 +148,7 @@ def first():
 # --- the same numbers everywhere ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_tiny_step_is_worth_testing(first):
     """Its trees fork, prune and differ; every prompt is its own; no reward is everywhere equal."""
     _, wanted, metrics = first
@@ -168,6 +169,7 @@ def on_eight_devices(file: str, folder) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, file, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_devices_do_not_change_the_step(first, tmp_path):
     _, plain, _ = first
     with quick_compiles(), with_trees():
@@ -226,6 +228,7 @@ def main(folder: str):
     np.savez(os.path.join(folder, "kernel.npz"), **result)
 
 
+@pytest.mark.slow
 def test_bins_do_not_change_the_gradient(first):
     """Bins that split trees, one a microbatch, against bins of several trees, all at once."""
     tiny, wanted, metrics = first

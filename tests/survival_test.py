@@ -289,6 +289,7 @@ def test_kappa_one_keeps_everything(rule):
     assert np.all(keep) and np.all(p == 1)
 
 
+@pytest.mark.slow
 @by_name
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_groups_of_nobody_or_one(rule, k):
@@ -304,6 +305,7 @@ def test_groups_of_nobody_or_one(rule, k):
     assert np.all(keep) and np.all(p == 1)
 
 
+@pytest.mark.slow
 @by_name
 def test_draws_depend_on_the_place_alone(rule):
     """More groups, and more slots of which none is due, change no survivor."""

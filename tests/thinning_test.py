@@ -79,6 +79,7 @@ def test_extreme_keeps_the_best_and_the_worst_leaves(batch, ratio):
         assert sum(ends) == min(n, 2 * max(1, math.floor(ratio * n / 2)))
 
 
+@pytest.mark.slow
 def test_shares_lose_no_leaf_to_rounding():
     """Products that are whole, and are less in float32."""
     rule = jax.jit(lambda tree, x, ratio: thinning.width(tree, x, x, mode="extreme", ratio=ratio))
@@ -128,6 +129,7 @@ def test_wrong_arguments_are_errors(batch):
 # --- depth ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, length", [(0, 1), (1, 1), (2, 1), (1, 2), (2, 5)])
 def test_depth_leaves_out_exactly_the_cells_of_its_depths(batch, first, length):
     got, removed = run(thinning.depth, batch, first=first, length=length), 0

@@ -22,6 +22,7 @@ from treerl import metrics
 from treerl.experiment import Experiment, load
 from treerl.workdir import claim, read_config, write_config
 
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("TREERL_KILLS", 4))  # how often the run is killed; 20 take about 5 minutes
 STEPS = max(12, 2 * KILLS)

@@ -130,6 +130,7 @@ def test_an_equal_copy_of_the_embedding_and_old_buffers_do_no_harm(tmp_path):
 # --- shardings ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2, untied", "gemma3"])
 def test_eight_devices_hold_the_same(tmp_path, name):
     """In a process of its own: the number of devices is fixed when JAX starts."""
