@@ -87,6 +87,7 @@ def test_every_estimator_is_compared_with_a_recursion():
     assert {name for name in A.ESTIMATORS if not has_own_test(name)} == here
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(A.WHITENED))
 def test_whitening_equals_every_token_spelled_out(forest, name):
     trees, stacked, reward = forest
@@ -203,6 +204,7 @@ def test_a_tree_that_never_forks_is_grpo():
             np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_star_reductions_of_the_others():
     reward = jnp.array([1.0, 0.0, 0.0, 1.0])
     mean = reward - 0.5
@@ -221,6 +223,7 @@ def test_a_prompt_with_one_tree_gets_grpo_twice():
     np.testing.assert_allclose(A.tree_grpo(tree, reward), 2 * A.grpo(tree, reward), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_spo_telescopes_and_eptree_sums_to_zero(forest):
     trees, stacked, reward = forest
     spo = jax.jit(jax.vmap(A.spo_tree))(stacked, reward)
@@ -288,6 +291,7 @@ def test_golden_binary_tree(options):
     np.testing.assert_allclose(got[2], [a, a, a, -a, -a, a, -a, -a], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_depths_have_mean_zero_and_deviation_one():
     rng = np.random.default_rng(7)
     got = np.asarray(branch_depthwise(binary(4), jnp.asarray(rng.normal(size=16), jnp.float32)))
@@ -331,6 +335,7 @@ def test_degenerate_groups_get_exactly_zero(name):
     assert not np.any(estimator(star(2), jnp.array([0.5, 0.5 + 1e-7])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(A.ESTIMATORS) - {"reinforce_pp", "mc_grpo"}))
 def test_shift_and_scale_of_rewards(name):
     """Credit grows with the differences of rewards, or does not depend on their scale."""
@@ -345,6 +350,7 @@ def test_shift_and_scale_of_rewards(name):
     np.testing.assert_allclose(negative, -want, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(A.ESTIMATORS))
 def test_slots_can_change_places(name):
     """Columns permuted, leaves with them: credit moves along."""
@@ -390,6 +396,7 @@ def test_multipliers_apply_in_order_and_to_cells_as_means():
         A.compose(branch_depthwise, None, names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, options", [("ace", {}), ("novelty", {}), ("gdro", {})])
 def test_multipliers_read_rewards_as_graded(name, options):
     """A right answer whose length was punished is right."""
@@ -418,6 +425,7 @@ def test_composition_says_what_it_needs():
     assert wide.memory["gdro"]["score"].shape == (4,)
 
 
+@pytest.mark.slow
 def test_every_function_says_its_paper_and_its_difference():
     for name, function in A.ESTIMATORS.items():
         text = " ".join(inspect.getdoc(function).split())

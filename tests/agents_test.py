@@ -282,6 +282,7 @@ def main(folder: str):
 # --- runs ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_on_both_distributions(tmp_path):
     config, watched = small(steps=2, evaluation__every=1), []
     summary = train(config, str(tmp_path), progress=False, watch=watched.append)
@@ -293,6 +294,7 @@ def test_a_run_is_evaluated_on_both_distributions(tmp_path):
     assert "held-out tasks of another distribution" in page and "invalid actions" in page
 
 
+@pytest.mark.slow
 def test_a_tree_is_shown_below_what_the_agent_saw_first():
     own = experiment()
     example = own.task.heldout[0]
@@ -315,6 +317,7 @@ def two(tmp_path_factory):
         yield folder, seeds.train(small(**RUN), str(folder), 2, progress=False)
 
 
+@pytest.mark.slow
 def test_seeds_in_one_program_are_what_each_is_alone(two, tmp_path):
     """Trees and updates of a seed do not depend on its neighbours."""
     folder, found = two
@@ -329,6 +332,7 @@ def test_seeds_in_one_program_are_what_each_is_alone(two, tmp_path):
     assert other[1]["entropy"] != both[1]["entropy"] and 0 <= found["pass@1"][0] <= 1
 
 
+@pytest.mark.slow
 def test_a_shared_warm_start_is_that_of_the_first_seed():
     config = small()
     own, shared = (Seeds(config, [0, 1], shared) for shared in (False, True))
@@ -346,6 +350,7 @@ def test_seeds_in_one_program_have_no_wandb(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_seeds_go_on_after_a_stop(two, tmp_path, monkeypatch):
     """After a signal, which saves, and after an end without one."""
     folder, found = two

@@ -86,6 +86,7 @@ def test_kernels_equal_a_walk_along_the_path(name, used):
     assert_walks(attend(KERNELS[name], *given, used), *given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [

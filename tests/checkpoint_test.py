@@ -353,6 +353,7 @@ print("ok", int(state.step))
 """
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_8_to_4_to_1_to_8_devices(tmp_path):
     """What is restored has every bit of what was saved, lies as the mesh says, and a step changes it."""
     run = run_python(CHAIN, tmp_path, ROOT / "tests", devices=8)

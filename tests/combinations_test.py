@@ -39,6 +39,7 @@ def moved(before, after) -> float:
     return max(float(jnp.max(jnp.abs(a - b))) for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
 def test_every_estimator_is_chosen_by_name(name):
     """Traced with an objective each, in turn; gspo takes those that credit leaves."""
@@ -67,6 +68,7 @@ COMBINATIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(COMBINATIONS))
 def test_combinations_run(name):
     fns, knobs, state, prompts = made(**COMBINATIONS[name])
@@ -80,6 +82,7 @@ def test_combinations_run(name):
         assert metrics["kl"] > 0 and np.any(after.memory["gdro"]["seen"]) and moved(before.replace(params=after.reference), before) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule, options", [("width", dict(mode="extreme", ratio=0.5)), ("depth", dict(start=1))])
 def test_thinning_trains_on_a_part_of_the_same_trees(rule, options):
     fns, knobs, state, prompts = made(pruning__backward=rule, pruning__backward_options=ConfigDict(options))
@@ -89,6 +92,7 @@ def test_thinning_trains_on_a_part_of_the_same_trees(rule, options):
     assert 0 < metrics["bins"] <= wanted["bins"]
 
 
+@pytest.mark.slow
 def test_an_overlong_buffer_changes_what_is_trained_on_and_not_what_is_reported():
     fns, knobs, state, prompts = made(advantage__name="grpo", learner__overlong_buffer=8)
     plain = fns._replace(overlong=0)
@@ -97,6 +101,7 @@ def test_an_overlong_buffer_changes_what_is_trained_on_and_not_what_is_reported(
     assert metrics["reward"] == wanted["reward"] and moved(long, short) > 1e-6
 
 
+@pytest.mark.slow
 def test_the_learners_own_log_probs_are_the_samplers(params=None):
     """In float32 the proximal policy changes nothing but rounding."""
     fns, knobs, state, prompts = made(advantage__name="grpo")

@@ -94,6 +94,7 @@ def check_log_probs(tree, logits):
 MODES = dict(lookahead=dict(lookahead=True), greedy=dict(lookahead=True, greedy=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule, mode", [("arrol", {}), ("balance", MODES["lookahead"]), ("random", MODES["greedy"])])
 def test_keeping_all_is_bit_identical_to_no_pruning(rule, mode):
     logits, index = states(0), jnp.arange(B)
@@ -105,6 +106,7 @@ def test_keeping_all_is_bit_identical_to_no_pruning(rule, mode):
         assert seen.record.due.any() and np.all(seen.record.keep == seen.record.due) and np.all(seen.record.chance == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule, columns, mode",
     [("balance", 3, {}), ("arrol_group", 4, MODES["lookahead"]), ("balance", 6, MODES["lookahead"]), ("arrol", 3, MODES["greedy"])],
@@ -145,6 +147,7 @@ def test_lines_that_ended_before_detection_are_never_pruned():
     assert not np.any(np.asarray(seen.record.due) & (ended < DETECTION) & (ended > 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [{}, MODES["lookahead"]], ids=["stochastic", "lookahead"])
 def test_reforks_continue_survivors_in_the_room_that_is_left(mode):
     """Columns 5 of 6, a quarter survives: the rest is filled by lines that share a survivor's path down to the review."""
@@ -181,6 +184,7 @@ def test_reforks_draw_tokens_of_their_own():
     assert len(set(answers)) > len(answers) * 0.7
 
 
+@pytest.mark.slow
 def test_the_place_in_the_batch_the_segments_and_the_lengths_do_not_change_a_tree():
     logits = states(3)
     whole, _, seen = grow(logits, jnp.arange(B), rule="arrol_group", refork=True, columns=4)
@@ -198,6 +202,7 @@ def test_the_place_in_the_batch_the_segments_and_the_lengths_do_not_change_a_tre
     np.testing.assert_array_equal(np.asarray(seen.record.due), ended > 6)
 
 
+@pytest.mark.slow
 def test_too_many_lines_for_the_small_pool_lose_nothing():
     """Nothing is stopped and more lines run than fit: all stay in the large pool until they fit."""
     keep_all = pruning.none()._replace(

@@ -135,6 +135,7 @@ def main(folder: str):
         print(check.__name__, "done", flush=True)
 
 
+@pytest.mark.slow
 def test_on_eight_devices(tmp_path):
     run = on_eight_devices(__file__, tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr[-4000:]
@@ -194,6 +195,7 @@ def compile_only(folder, *flags, devices=8):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_compile_only_tells_what_a_step_takes(tmp_path):
     run = compile_only(tmp_path, "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
     assert run.returncode == 0, run.stderr[-3000:]

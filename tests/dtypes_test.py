@@ -91,6 +91,7 @@ def test_weights_of_rollouts_in_eight_bits_reach_the_sampler(monkeypatch):
     assert asked == ["int8"]
 
 
+@pytest.mark.slow
 def test_the_config_reaches_the_sampler(monkeypatch):
     """Log-probs of the sampler drift from the learner's as far as rounding explains."""
     make, drift = sharding_test.tiny_config, {}
@@ -190,6 +191,7 @@ def test_updates_of_bfloat16_parameters_are_added_before_they_are_rounded():
     jax.tree.map(lambda a, p, u: np.testing.assert_array_equal(a, (p + u).astype(jnp.bfloat16)), after, wide[0], wanted)
 
 
+@pytest.mark.slow
 def test_a_step_with_small_moments_and_weights():
     with quick_compiles():
         chain, _ = optimizer(moment_dtype="bfloat16")

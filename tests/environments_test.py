@@ -69,6 +69,7 @@ def episodes(name, count, horizon=None, seed=0, many=False):
     return tasks, np.asarray(first), jax.device_get(turns)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_JAX)
 def test_every_step_is_that_of_the_twin(name):
     """10,000 sequences of sensible, spoilt and senseless actions, past the end too: state, observation, reward, done."""
@@ -92,6 +93,7 @@ def test_every_step_is_that_of_the_twin(name):
     assert rewards > 200 and refused > 10_000  # both ends of the range were seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_JAX)
 def test_ids_of_a_million_states_are_injective(name):
     env = made(name, True)

@@ -112,6 +112,7 @@ RUNS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_every_leaf_is_what_a_replay_of_its_tokens_gives(run):
     """Whatever forks, stops, moves or runs out of rows on the way: forked states equal replayed ones."""

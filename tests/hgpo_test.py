@@ -65,6 +65,7 @@ def by_group(batch, function, alphas):
     return grid(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("std", [True, False])
 @pytest.mark.parametrize("zero", ["drop", "keep"])
 @pytest.mark.parametrize("levels", [0, 1, 2, 4])
@@ -96,6 +97,7 @@ def test_hgpo_with_the_episode_term_equals_dictionaries(zero, std, shift, cross_
     np.testing.assert_allclose(fast(*arrays, episode), by_group(batch, slow, [1] * GROUPS), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("std", [True, False])
 @pytest.mark.parametrize("words", [1, 2])
 @pytest.mark.parametrize("cross_steps", [None, True, False])

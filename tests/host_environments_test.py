@@ -236,6 +236,7 @@ def test_text_is_cut_and_unknown_words_are_marked():
 # --- games that fail ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, kind, words", [
     ("raise", "raised", "raised ValueError: no such luck"),
     ("garbage", "raised", "raised ValueError"),

@@ -83,6 +83,7 @@ def runs():
 # --- the same numbers ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_steps_are_worth_comparing(runs):
     """Trees fork and are pruned, graders differ, parameters move."""
     found = runs["split"][1]
@@ -100,18 +101,21 @@ def test_where_answers_are_graded_does_not_change_the_steps(runs):
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.slow
 def test_a_step_that_was_not_compiled_before_is_the_same(runs):
     with quick_compiles(), momentum():
         found = steps(Experiment(tiny("split")))
     jax.tree.map(np.testing.assert_array_equal, found, runs["split"][1])
 
 
+@pytest.mark.slow
 def test_where_answers_are_graded_does_not_change_scores(runs):
     one, other = (runs[how][0].evaluate(runs[how][0].init(0)) for how in ("split", "callback"))
     names = {"pass@1", "pass@2", "pass@3", "majority@3", "heldout/reward"}
     assert one == other and set(one) == names | {f"heldout/{name}" for name in GRADERS}
 
 
+@pytest.mark.slow
 def test_devices_do_not_change_the_step(runs, tmp_path):
     run = on_eight_devices(__file__, tmp_path)
     assert run.returncode == 0, run.stderr[-4000:]
@@ -177,6 +181,7 @@ def test_samples_are_the_first_trees_as_text(runs):
             assert set(answer) == {"text", "reward", "scores"}
 
 
+@pytest.mark.slow
 def test_a_grader_that_fails_costs_the_answers_that_it_failed_on(runs):
     """Raises, hangs, returns nan, ends its process: such an answer lacks its score, and nothing else does."""
     graders = dict(GRADERS, **{"sample_graders:moody": 2.0})

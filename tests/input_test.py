@@ -632,6 +632,7 @@ def test_a_workdir_without_a_checkpoint(finished, tmp_path):
     assert sentence(load, str(workdir)) == (f"workdir={workdir} has no checkpoint yet; wait for the first or train longer.")
 
 
+@pytest.mark.slow
 def test_a_run_trained_on_other_devices(finished, tmp_path):
     """What launch.evaluate does with a run of eight devices on a machine with one."""
     workdir = shutil.copytree(finished, tmp_path / "run")

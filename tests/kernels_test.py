@@ -134,6 +134,7 @@ def decoded(model, params, slots=4, rows=4, **options):
     return jnp.stack(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, dtype", [("qwen2", "bfloat16"), ("qwen3", "float32"), ("gemma", "float32")])
 def test_decoding_in_kernels(family, dtype, monkeypatch):
     sizes = dict(vocab=50, layers=2, width=64, heads=6, kv_heads=2, head_dim=32, hidden=128)

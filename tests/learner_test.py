@@ -141,6 +141,7 @@ def assert_close(got, want, rtol=1e-5):
 DEEP = {"fork": 0.9, "end": 0.02, "prune": 0.02, "roots": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, bin_tokens, bins_per_step",
     [({}, ROWS + WIDTH, 1), ({}, 64, 2), ({"fork": 0.0}, 24, 2), (DEEP, ROWS + WIDTH, 3)],
@@ -246,6 +247,7 @@ def test_trees_left_out_and_their_place_do_not_matter(params):
     assert_close(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["chaos", "lookahead"])
 def test_cached_decoding_equals_the_full_forward(params, rule):
     """After arbitrary forks, prunes and rebirths, the sampler's log-probs are the learner's."""
@@ -352,6 +354,7 @@ def learned(params, kl=0.0, reference=None, epochs=1, credit_scale=1.0):
     return run(state, tree, prompts, Cells(*spread(tree, credit * credit_scale, weight)))
 
 
+@pytest.mark.slow
 def test_kl_to_a_reference_is_added_and_vanishes_at_the_policy_itself(params):
     other = jax.tree.map(lambda p: p + 0.05, params)
     plain, _ = learned(params)

@@ -335,6 +335,7 @@ TEXTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes, message", TEXTS)
 def test_texts_that_cannot_work(changes, message, tmp_path):
     (tmp_path / "sample_broken.py").write_text("1 / 0\n")

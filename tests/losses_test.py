@@ -85,6 +85,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective, aggregation, forced, importance", CASES)
 def test_packed_objective_equals_flattened_rollouts(params, objective, aggregation, forced, importance):
     """Loss and gradient, with ratios far from 1, forced tokens, log-probs of a truncated sampler and a leaf left out."""
@@ -100,6 +101,7 @@ def test_packed_objective_equals_flattened_rollouts(params, objective, aggregati
         assert_close(packed(params, tree, prompts, credit, leaf_weight, chosen(**how, bin_tokens=size)), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(losses.KL))
 def test_packed_kl_equals_flattened_rollouts(params, name):
     tree, prompts, credit, _ = base.batch(4)
@@ -110,6 +112,7 @@ def test_packed_kl_equals_flattened_rollouts(params, name):
     assert_close(packed(params, tree, prompts, credit, weight, chosen(**how), reference), want)
 
 
+@pytest.mark.slow
 def test_packed_dual_clip_equals_flattened_rollouts(params):
     tree, prompts, credit, _ = base.batch(5)
     tree = tree.replace(logp_policy=tree.logp_policy - 2)  # ratios far above 1
@@ -122,6 +125,7 @@ def test_packed_dual_clip_equals_flattened_rollouts(params):
     assert abs(float(free[0] - want[0])) > 1e-2
 
 
+@pytest.mark.slow
 def test_at_ratio_one_all_objectives_have_the_gradient_of_the_log_likelihood(params):
     """REINFORCE's, for GSPO with the weights of sequences."""
     tree, prompts, credit, _ = base.batch(6)
@@ -138,6 +142,7 @@ def test_at_ratio_one_all_objectives_have_the_gradient_of_the_log_likelihood(par
         assert max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(found["ppo"])) > 1e-3
 
 
+@pytest.mark.slow
 def test_log_probs_come_back_to_their_cells(params):
     tree, prompts, _, _ = base.batch(7, fork=0.8)
     for size in (ROWS + WIDTH, 64):
@@ -278,6 +283,7 @@ def test_updates_shrink_with_the_effective_sample_size():
     assert chain.update(updates, chain.init(updates))[0]["a"][0] == 1  # no ess given, as in the warm start
 
 
+@pytest.mark.slow
 def test_credit_carries_no_gradient(params):
     """Multipliers read log-probs that a gradient could flow through; none does."""
     tree, _, _, _ = base.batch(9)

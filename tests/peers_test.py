@@ -94,6 +94,7 @@ def test_rows_of_peers_say_what_they_are_compared_with(monkeypatch):
     assert rows["transformers_static.peak_memory"]["value"] == 77
 
 
+@pytest.mark.slow
 def test_the_update_is_compared_with_the_fastest_bins():
     found = learner.rows(outside=outside("learner"), **dict(TOY["learner"], bin_tokens=(16, 32)))
     rows = {row["name"]: row for row in found}

@@ -145,6 +145,7 @@ def test_processes_started_with_different_configs(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_not_shared(tmp_path):
     places = [tmp_path / "one", tmp_path / "other"]
     for place in places:
@@ -217,12 +218,14 @@ def assert_close(actual: list[dict], wanted: list[dict]):
             assert mine[name] == pytest.approx(value, rel=1e-3, abs=1e-6), (name, mine["step"])
 
 
+@pytest.mark.slow
 def test_the_run_is_worth_comparing(whole):
     lines = story(whole[0] / "one")
     assert len(lines) == SIZES["steps"] and any(line["forks"] > 0 for line in lines)
     assert sum(line["grad_norm"] > 0 for line in lines) >= 3 and len({line["length"] for line in lines}) > 3
 
 
+@pytest.mark.slow
 def test_two_processes_tell_the_story_of_one(whole):
     """Trained, graded, evaluated and saved by two processes, stopped by a signal to one of them, ended by one alone."""
     folder, summary = whole
@@ -244,6 +247,7 @@ def test_two_processes_tell_the_story_of_one(whole):
     assert story(folder / "two", "samples.jsonl") == story(folder / "one", "samples.jsonl")
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_files_of_one(whole):
     """To the end, continuing a run of one process; only the first prints and writes."""
     folder, summary = whole

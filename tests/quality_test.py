@@ -72,6 +72,7 @@ def test_the_head_learns_and_reads_only_what_counts():
     assert head.loss(params, hidden, right, np.zeros(200, bool)) == 0
 
 
+@pytest.mark.slow
 def test_labels_and_counts_are_those_of_survivors(pruned):
     """Hidden states of dropped and unfinished lines may be anything; the table counts the scores that decided."""
     t, state, _ = pruned
@@ -123,6 +124,7 @@ def test_tokens_of_dropped_lines_have_no_gradient(pruned):
     chex.assert_trees_all_equal(learn(t.state(), tree), learn(t.state(), other))
 
 
+@pytest.mark.slow
 def test_keeping_all_is_bit_identical_to_no_pruning():
     """Trees, gradient, parameters and metrics of the whole step, of a real model; only the head is more."""
     with quick_compiles(), with_trees():
@@ -153,6 +155,7 @@ def test_changing_a_number_of_the_rule_or_the_head_compiles_nothing(pruned):
     assert events == [] and metrics["survivors"] == 1  # not before step 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refork", [False, True])
 def test_log_probs_after_compaction_are_those_of_a_full_forward_pass(refork):
     """The learner's forward pass over the packed tree against what the sampler's smaller pool gave."""
@@ -171,6 +174,7 @@ def test_log_probs_after_compaction_are_those_of_a_full_forward_pass(refork):
         assert compared > 60 and (forks > 5) == refork
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("survivors", [0, 1])
 def test_groups_with_none_or_one_survivor_have_zero_credit_and_no_nan(survivors):
     with quick_compiles(), with_trees():
@@ -206,6 +210,7 @@ def test_inverse_weights_enter_means_and_token_weights():
         assert np.abs(plain - found).max() > 0.05
 
 
+@pytest.mark.slow
 def test_the_step_weighs_survivors_by_their_chance():
     with quick_compiles(), with_trees():
         t = Tiny(
@@ -238,6 +243,7 @@ def test_answers_that_end_before_the_review_are_untested_and_weigh_alike():
     assert any(np.any(x != 0) for name, x in found.items() if name.startswith("grad["))
 
 
+@pytest.mark.slow
 def test_grown_trees_show_the_advantages_that_are_trained_on():
     with quick_compiles():
         t = Tiny(

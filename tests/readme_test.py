@@ -73,6 +73,7 @@ def rows_of(metric: str) -> list[str]:
     return [row for row, *_ in METRICS if re.fullmatch(pattern(row), metric)]
 
 
+@pytest.mark.slow
 def test_every_metric_has_its_row_and_every_row_a_metric():
     """Of the default rules with graders on the host, a quality head with a KL, and an agent; in the report each has its panel."""
     names = {"seconds", "tokens_per_second"} | {f"games_{kind}" for kind in FAULTS[1:]}  # what the loop adds

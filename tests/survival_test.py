@@ -254,6 +254,7 @@ def test_survivors_are_those_of_a_plain_loop(rule, least, capacity):
         assert np.flatnonzero(keep[b]).tolist() == plain_draw(uniform[b], p[b], due[b], least, capacity)
 
 
+@pytest.mark.slow
 @by_name
 def test_least_capacity_and_lines_not_due_are_respected(rule):
     q, due = groups(6, 200, 8, share=0.6)

@@ -241,6 +241,7 @@ def test_coverage_weighs_sharing_against_difference():
     assert choose(share_cost=5.0, cover_gain=0.0) == [0]
 
 
+@pytest.mark.slow
 def test_coverage_is_the_same_alone_and_in_any_order(batch):
     """Neither batch neighbours, nor compilation, nor the order of the leaf table changes a choice."""
     rng, (made, trees, *_) = np.random.default_rng(7), batch

@@ -159,6 +159,7 @@ def story(workdir: pathlib.Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines if line["step"]]
 
 
+@pytest.mark.slow
 def test_the_run_was_killed_at_all_kinds_of_moments(runs):
     kills = runs["kills"]
     assert len(kills) == KILLS
@@ -325,6 +326,7 @@ def test_a_workdir_of_another_experiment_is_refused(runs, tmp_path):
     assert json.loads((workdir / "config.json").read_text())["branching"]["tau_abs"] == old
 
 
+@pytest.mark.slow
 def test_a_signal_saves_the_step_under_way(runs):
     """Between two steps; and in a run that goes on from there, while its first step compiles."""
     folder, workdir = runs["folder"], runs["folder"] / "signals"
@@ -347,6 +349,7 @@ def test_a_signal_saves_the_step_under_way(runs):
         before = done
 
 
+@pytest.mark.slow
 def test_a_signal_cuts_an_evaluation_short(runs):
     """The step before it is saved, and the next process evaluates it: its line is the same and is there once."""
     folder, workdir = runs["folder"], runs["folder"] / "short"
@@ -374,6 +377,7 @@ entry.run(train.main)
 """
 
 
+@pytest.mark.slow
 def test_a_warm_start_goes_on_after_a_signal(runs):
     """With the same numbers as one that was left alone."""
     folder, log = runs["folder"], runs["folder"] / "early.log"
@@ -394,6 +398,7 @@ def test_a_warm_start_goes_on_after_a_signal(runs):
     assert not (folder / "early" / "warm_start").exists()
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(runs):
     folder = runs["folder"]
     run = start(folder, "twice")
@@ -432,6 +437,7 @@ entry.run(train.main)
 """
 
 
+@pytest.mark.slow
 def test_updates_that_are_not_finite_are_skipped_and_then_end_the_run(runs):
     """nan in steps 3 and 4, and again from step 6 on."""
     folder, workdir = runs["folder"], runs["folder"] / "nan"
