@@ -125,6 +125,7 @@ def test_windows_hide_alike_in_rows_and_in_bins(window):
         np.testing.assert_array_equal(reads, (behind >= 0) & (behind < window))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_what_no_line_stands_on_is_not_read(name):
     qkv, cache, tree = inputs(0)

@@ -162,6 +162,7 @@ def cases(seed: int) -> list:
     return found
 
 
+@pytest.mark.slow
 def test_grade_agrees_with_oracle():
     triples = cases(seed=0)
     truth = np.array([expected(*triple) for triple in triples])

@@ -65,7 +65,6 @@ def by_group(batch, function, alphas):
     return grid(rows)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("std", [True, False])
 @pytest.mark.parametrize("zero", ["drop", "keep"])
 @pytest.mark.parametrize("levels", [0, 1, 2, 4])
@@ -84,6 +83,7 @@ def test_hgpo_equals_dictionaries_on_random_groups(levels, zero, std):
     assert not np.any(got[np.isin(kinds, ("constant", "unique"))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["item", "sum"])
 @pytest.mark.parametrize("cross_steps", [True, False])
 @pytest.mark.parametrize("zero,std,shift", [("drop", True, 2), ("keep", False, 1)])
@@ -233,6 +233,7 @@ def test_an_episode_alone_is_no_group():
         assert not np.any(estimator(returns, state, valid, std=True, episode=jnp.array([1.0, 7, 3])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", [GIGPO, HGPO])
 @pytest.mark.parametrize("constant", [0.0, 0.1, -1e4 / 3])
 @pytest.mark.parametrize("std", [True, False])

@@ -211,6 +211,7 @@ def test_a_grader_that_fails_costs_the_answers_that_it_failed_on(runs):
     assert told == {text: FAULTS[codes[sample_graders.mood(text)]] or None for text in told} and any(told.values())
 
 
+@pytest.mark.slow
 def test_without_samples_nothing_is_handed_out(runs):
     experiment = runs["split"][0]
     with quick_compiles(), momentum():

@@ -102,6 +102,7 @@ def test_a_gated_product(dtype):
     assert_close(products.gated(x, w, jax.nn.silu), jax.nn.silu(gate) * up, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "size, temperature, top_p, candidates", [(5000, 1.0, 1.0, 3), (5000, 0.7, 0.9, 2), (1500, 1.3, 1.0, 0), (37, 1.0, 0.5, 5)]
 )

@@ -161,6 +161,7 @@ def test_packed_loss_and_gradient_equal_flattened_ones(optimised, params, option
         assert written > unique, "no tree was split over bins, so repeated context was not exercised"
 
 
+@pytest.mark.slow
 def test_the_number_of_bins_and_microbatches_leaves_the_gradient_unchanged(params):
     tree, prompts, credit, weight = batch(3)
     credit = spread(tree, credit, weight)
@@ -369,6 +370,7 @@ def test_kl_to_a_reference_is_added_and_vanishes_at_the_policy_itself(params):
     assert_close(off.params, plain.params)
 
 
+@pytest.mark.slow
 def test_two_epochs_are_two_updates_on_the_same_trees(params):
     once, first = learned(params)
     want, _ = learned(once.params)

@@ -138,6 +138,7 @@ def test_keeping_all_is_bit_identical_to_no_pruning():
         chex.assert_trees_all_equal({k: metrics[k] for k in results[0][1]}, results[0][1])
 
 
+@pytest.mark.slow
 def test_pruning_begins_after_the_warm_up(pruned):
     t, _, _ = pruned
     knobs = dict(t.knobs, pruning_from=jnp.int32(1))
@@ -188,6 +189,7 @@ def test_groups_with_none_or_one_survivor_have_zero_credit_and_no_nan(survivors)
     assert np.all(np.asarray(credit)[leaves <= 1] == 0)
 
 
+@pytest.mark.slow
 def test_inverse_weights_enter_means_and_token_weights():
     """grpo, dr_grpo and rloo on survivors of unequal chances, against numpy."""
     chance = jnp.array([[0.5, 0.25, 1.0, 0.5]])
@@ -230,6 +232,7 @@ def test_the_step_weighs_survivors_by_their_chance():
         assert np.all(np.isfinite(one)) and np.abs(one - other).max() > 1e-2 * np.abs(other).max()
 
 
+@pytest.mark.slow
 def test_answers_that_end_before_the_review_are_untested_and_weigh_alike():
     """The review never happens: no division by a chance of 0, and nothing counts as dropped."""
     with quick_compiles(), with_trees():
@@ -270,6 +273,7 @@ def test_grown_trees_show_the_advantages_that_are_trained_on():
 # --- votes ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_samples_vote_by_their_answer_and_by_the_score_of_their_end(pruned):
     t, state, _ = pruned
     params = jax.tree.map(lambda x: x + 0.1, state.quality["params"])

@@ -91,6 +91,7 @@ def test_shares_lose_no_leaf_to_rounding():
             assert function(tree, jnp.arange(leaves) * 1.0, ratio).sum() == want
 
 
+@pytest.mark.slow
 def test_thinning_nothing_keeps_every_kept_cell(batch):
     kept = np.asarray(jax.jit(jax.vmap(T.kept))(batch[1]))
     np.testing.assert_array_equal(run(thinning.width, batch, mode="extreme", ratio=2.0), kept)
@@ -105,6 +106,7 @@ def test_one_tree_gets_what_it_gets_in_a_batch_and_credit_may_be_of_leaves(batch
         np.testing.assert_array_equal(one(batch[0][index], batch[2][index]), want[index])
 
 
+@pytest.mark.slow
 def test_a_leaf_beside_a_node_that_forks_again_stays():
     # the prompt forks into leaf 0 (reward 0) and a node that forks into leaves 1 and 2
     tree = T.from_parents([[0, 0, 0], [0, 1, 1]], [[1, 1, 0], [1, 1, 1]], [[1, 0], [1, 1], [1, 2]])

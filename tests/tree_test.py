@@ -61,6 +61,7 @@ def test_mean_below_averages_over_leaves_below(trees):
         np.testing.assert_allclose(mean_below(tree, x), want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_depth_kept_forks_and_nodes(trees):
     for tree in trees:
         got = ALGEBRA(tree)
