@@ -3,6 +3,7 @@
 import html
 import io
 import os
+import re
 from fnmatch import fnmatch
 from typing import NamedTuple
 
@@ -79,7 +80,7 @@ class Run(NamedTuple):
     config: dict  # field -> value
     history: list[dict]  # lines of metrics.jsonl
     warmup: list[dict]  # of warm_start.jsonl: step, loss, pass@1
-    trees: list[dict]  # of trees.jsonl, see `train.show_trees`
+    trees: list[dict]  # of trees.jsonl, see `train.example_trees`
     starts: list[dict]  # of starts.jsonl: versions and devices, each time the run was started or went on
     notes: list[str]
 
@@ -104,7 +105,7 @@ def read_run(workdir: epath.PathLike) -> Run:
     """
     here = epath.Path(workdir)
     parts, parent = here.parts, os.fspath(here.parent)
-    of_seeds = not has_config(workdir) and parts[-1].startswith("seed") and has_config(parent)
+    of_seeds = not has_config(workdir) and re.fullmatch(r"seed\d+", parts[-1]) is not None and has_config(parent)
     notes, config = [], {}
     if of_seeds or has_config(workdir):
         config = read_fields(parent if of_seeds else workdir)
@@ -155,7 +156,7 @@ def _shared_name(names: list[str]) -> str:
     return shared or ", ".join(names)
 
 
-def write_report(path, runs: list[Run], title: str | None = None) -> None:
+def write_report(path, runs: list[Run]) -> None:
     """Writes one page that needs nothing beside it and no network: of a run, or of several, beside each other.
 
     Runs of one kind, see `kinds`, are drawn as their mean and its 95% interval (Student's t). Sections and panels with nothing
@@ -163,7 +164,6 @@ def write_report(path, runs: list[Run], title: str | None = None) -> None:
 
     Args:
         path: file to write; its folder is created if missing. A reader never sees half a page.
-        title: heading, any text; None is the runs' name.
     """
     groups, alone = kinds(runs), len(runs) == 1
     notes = [note if alone else f"{run.name}: {note}" for run in runs for note in run.notes]
@@ -181,7 +181,7 @@ def write_report(path, runs: list[Run], title: str | None = None) -> None:
         ("Configuration", "".join(_config(name, kind[0].config) for name, kind in groups.items())),
     ]
     body = "\n".join((f"<h2>{heading}</h2>\n" if heading else "") + text for heading, text in sections if text)
-    title = _shared_name([run.name for run in runs]) if title is None else title
+    title = _shared_name([run.name for run in runs])
     write_text(path, _PAGE.format(title=html.escape(title), body=body))
 
 
@@ -279,11 +279,9 @@ def _differences(groups: dict[str, list[Run]]) -> str:
     return _rows(["", *groups], [row for row in rows if len(set(row[1:])) > 1 or ", " in row[1] and row[0] == "seed"])
 
 
-def _number(value) -> str:
-    if value is None:
+def _number(value: float) -> str:
+    if np.isnan(value):
         return "—"
-    if isinstance(value, str):
-        return value
     return f"{float(value):,.0f}" if abs(value) >= 1e4 else f"{float(value):.4g}"
 
 

@@ -152,7 +152,7 @@ def begin_run(experiment: Experiment, workdir: str, progress: bool, signals: Sig
             for line in curve:
                 lines.append(line)
                 event_file.write(line["step"], {f"warm_start/{k}": v for k, v in line.items() if k != "step"})
-    return state, dict(warm_start=curve, before=warm_start.best_of(curve) or experiment.evaluate(state))
+    return state, dict(before=warm_start.best_of(curve) or experiment.evaluate(state))
 
 
 class Run:
