@@ -32,8 +32,8 @@ def run(main, *, together: bool = False) -> None:
     def quiet_main(_):
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
-            # Orbax logs every step, and tracebacks of what it also raises or has left half done.
-            for name in ("absl", "asyncio"):
+            standard_logging.captureWarnings(True)
+            for name in ("absl", "asyncio", "py.warnings"):  # Orbax tells every step, and what it also raises or has left half done
                 standard_logging.getLogger(name).setLevel(standard_logging.CRITICAL)
             sys.unraisablehook = lambda _: None
         if not together:
