@@ -94,6 +94,7 @@ def test_observations_have_no_weight_and_their_log_probs_do_not_matter():
     np.testing.assert_array_equal(jax.vmap(S.leaf_importance)(tree), jax.vmap(S.leaf_importance)(lied))
 
 
+@pytest.mark.slow
 def test_a_penalty_comes_off_the_reward_that_is_trained_on():
     found, _, grown = sampled()
     graded = S.grade(found.fns, grown.tree, grown.prompts)

@@ -90,6 +90,7 @@ def test_rows_are_well_formed(suite):
         json.dumps(row)
 
 
+@pytest.mark.slow
 def test_lookahead_is_timed_at_equal_live_slots():
     rows = named("sampler")
     assert rows["stochastic.live_slots"]["value"] == 4
@@ -97,6 +98,7 @@ def test_lookahead_is_timed_at_equal_live_slots():
     assert 0 < rows["stochastic.logp_difference"]["value"] < 1e-5  # nothing is rounded here
 
 
+@pytest.mark.slow
 def test_the_two_losses_and_gradients_of_the_learner_are_the_same():
     rows = named("learner")
     for size in (16, 32):
@@ -117,6 +119,7 @@ def test_random_trees_of_the_estimators_suite_are_trees():
     assert forks > 20
 
 
+@pytest.mark.slow
 def test_rules_that_follow_the_group_leave_more_contrast_than_chance_on_every_mix():
     """And the paper's formula as transcribed does not: it stops the right answers of hard prompts."""
     rows = named("pruning")
@@ -297,6 +300,7 @@ def test_the_halves_of_a_step_make_the_step():
     assert any(np.abs(a - b).max() > 5e-3 for a, b in zip(jax.tree.leaves(mine.params), jax.tree.leaves(start)))
 
 
+@pytest.mark.slow
 def test_sampling_and_learner_of_a_step_are_added():
     rows = named("step")
     assert rows["sampling_and_learner"]["versus"] == "step"
@@ -304,6 +308,7 @@ def test_sampling_and_learner_of_a_step_are_added():
     assert rows["sampling_and_learner"]["value"] == pytest.approx(both)  # of two turns the median is the mean
 
 
+@pytest.mark.slow
 def test_growth_is_drawn(tmp_path):
     rows = named("growth")
     assert rows["slots_4.step"]["value"] == rows["rows_8.step"]["value"]  # the same trees, measured once
@@ -364,6 +369,7 @@ def test_evaluating_no_run_is_one_sentence(tmp_path):
     assert result.stderr.strip() == (f"workdir={tmp_path} has no config.json; give the workdir of a run made by launch.train.")
 
 
+@pytest.mark.slow
 def test_a_device_grows_the_trees_of_itself():
     rows = named("devices")
     assert rows["same_trees"]["value"] == 1 and rows["logp_difference"]["value"] == 0

@@ -152,6 +152,7 @@ def test_every_leaf_is_what_a_replay_of_its_tokens_gives(run):
     assert (seen["shared"] > 0) == (run.get("rule") is not None)
 
 
+@pytest.mark.slow
 def test_lines_fork_where_actions_begin_if_asked():
     """With at=token some fork inside an action too, never inside an observation or right in front of its next word."""
     inside = 0
@@ -168,6 +169,7 @@ def test_lines_fork_where_actions_begin_if_asked():
     assert inside
 
 
+@pytest.mark.slow
 def test_a_tree_does_not_depend_on_its_batch():
     whole = grow(jax.random.key(1), goals(range(B)), rule="lookahead")
     for b in (0, 4):

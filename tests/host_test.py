@@ -95,6 +95,7 @@ def test_the_steps_are_worth_comparing(runs):
     assert all(moved)
 
 
+@pytest.mark.slow
 def test_where_answers_are_graded_does_not_change_the_steps(runs):
     """Bit for bit, as states and metrics of both ways can take turns in a run."""
     for one, other in zip(runs["split"][1], runs["callback"][1], strict=True):

@@ -490,6 +490,7 @@ entry.run(launched.main)
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_from_the_command_line(data, tmp_path):
     """Orbax logs tracebacks from its threads: the sentence is all that is left of them."""
     flags = [f"--config.{name}={value}" for name, value in dict(SIZES, data_dir=data).items()]

@@ -150,6 +150,7 @@ def test_decoding_in_kernels(family, dtype, monkeypatch):
     assert_close(decoded(model, params), wanted, dtype)
 
 
+@pytest.mark.slow
 def test_weights_in_eight_bits(monkeypatch, caplog):
     model = Model(TransformerConfig(vocab=64, layers=2, width=128, heads=4, kv_heads=2, head_dim=32, hidden=128))
     params = model.init(jax.random.key(0))

@@ -111,6 +111,7 @@ def test_samples_of_the_right_steps(runs):
     assert len({line["prompt"] for line in lines}) > 2
 
 
+@pytest.mark.slow
 def test_a_killed_run_writes_the_same_samples_and_numbers(runs):
     folder, _, before = runs
     assert {line["step"] for line in before} >= {1, 2, 4}  # step 4 is done again from the checkpoint of step 3

@@ -108,6 +108,7 @@ def tiny():
     return t, start, (one, first), (two, second)
 
 
+@pytest.mark.slow
 def test_a_step_trains_the_adapters_alone(tiny):
     t, start, (one, _), (two, _) = tiny
     for before, after in ((start, one), (one, two)):
@@ -131,6 +132,7 @@ def test_the_sampler_draws_with_the_adapters(tiny):
     assert 0 < float(second["logp_drift_max"]) < 1e-4 and float(second["kl"]) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_change_too_small_for_bfloat16_weights_reaches_the_sampler():
     """Folded into the weights it would be rounded away."""
     model = Model(families_config(dtype="bfloat16", param_dtype="bfloat16"))

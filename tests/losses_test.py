@@ -158,6 +158,7 @@ def test_log_probs_come_back_to_their_cells(params):
         assert not np.any(np.asarray(got)[~np.asarray(jax.vmap(T.kept)(tree))])
 
 
+@pytest.mark.slow
 def test_what_else_could_have_been_drawn(params):
     """Of every kept cell, likeliest first; the drawn token's probability is that of its log-prob, siblings had the same choice."""
     tree, prompts, _, _ = base.batch(7, fork=0.8)

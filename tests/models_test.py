@@ -111,6 +111,7 @@ def test_llama3_scaling_slows_long_wavelengths_alone():
     assert len(cases) == 3
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     model = Model(TINY)
     params, token = model.init(jax.random.key(1)), jnp.arange(6)[None] % 11
@@ -162,6 +163,7 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
         dataclasses.replace(TINY, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [5, 12, 20])
 def test_heads_are_decoded_in_parts_and_those_that_do_not_run_are_left_out(monkeypatch, part):
     """24 heads, 24 to none of them running: the same logits and the same pool as all at once."""

@@ -36,6 +36,7 @@ def pruned():
 # --- the head -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_loss_of_the_head_has_no_gradient_for_the_policy():
     """Exactly zero, through the policy's own forward pass; the head's own gradient is not."""
     t = tiny()
@@ -53,6 +54,7 @@ def test_the_loss_of_the_head_has_no_gradient_for_the_policy():
     assert optax.tree.norm(head_grads) > 0.01
 
 
+@pytest.mark.slow
 def test_the_head_learns_and_reads_only_what_counts():
     head, rng = QualityHead(6, 8), np.random.default_rng(0)
     hidden, counts = rng.normal(size=(200, 6)).astype(np.float32), rng.random(200) < 0.7
@@ -98,6 +100,7 @@ def test_labels_and_counts_are_those_of_survivors(pruned):
 # --- the step -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_step_prunes_and_trains_on_survivors(pruned):
     t, state, metrics = pruned
     tree = metrics["tree"]

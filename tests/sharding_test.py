@@ -290,6 +290,7 @@ CHANGES = dict(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_second_step_compiles_nothing(first):
     tiny, _, _ = first
     state = tiny.state()

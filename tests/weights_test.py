@@ -40,6 +40,7 @@ def assert_same_bytes(got: dict, want: dict):
         assert got[name].tobytes() == value.tobytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["qwen2, untied", "qwen3", "gemma3"])
 def test_untouched_weights_come_out_byte_for_byte(tmp_path, name, dtype):
