@@ -28,6 +28,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 MESHES = {"data=4, fsdp=2": dict(data=4, fsdp=2), "data=2, fsdp=2, tensor=2": dict(data=2, fsdp=2, tensor=2)}
 
 SURVIVAL = dict(pruning=dict(rule="arrol_group", detection=4, warmup_steps=0), branching=dict(rule="stochastic"))
+ACROSS = dict(SURVIVAL, pruning=dict(SURVIVAL["pruning"], rule="arrol", options=dict(least=1, lam=2.0)))  # compares the trees of a batch
+
+RULES = dict(survivors=SURVIVAL, across=ACROSS)
+KERNELS = {  # attention of the sampler in its kernel: cut by the program, or whole on each device
+    "kernel, cut": ("data=2, fsdp=2, tensor=2", lambda head_dim, mesh: attention.sharded(attention.fused, mesh)),
+    "kernel": ("data=4, fsdp=2", lambda *_: attention.fused),
+}
 
 # --- a step small enough to compile in seconds ------------------------------------------------
 
@@ -92,7 +99,13 @@ class Tiny:
         self.width = config.sampler.prompt_length
 
     def state(self, seed=0):
-        return jax.device_put(S.init_state(self.fns, seed), self.shardings)
+        state = S.init_state(self.fns, seed)
+        if state.quality is not None:  # of random scores, and chances that differ from score to score
+            rng = np.random.default_rng(seed)
+            params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), state.quality["params"])
+            table = jax.tree.map(lambda x: rng.uniform(0, 9, x.shape).astype(np.float32), state.quality["table"])
+            state = state.replace(quality=dict(state.quality, params=params, table=table))
+        return jax.device_put(state, self.shardings)
 
     def prompts(self, start=1):
         """Eight prompts, one a simulated device. (From 1 on, the first has not the most bins.)"""
@@ -172,15 +185,17 @@ def on_eight_devices(file: str, folder) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_devices_do_not_change_the_step(first, tmp_path):
     _, plain, _ = first
-    with quick_compiles(), with_trees():
-        tiny = Tiny(one_device(), **SURVIVAL)
-        state, metrics = tiny.step(tiny.state(), tiny.prompts(), tiny.knobs)
-        survivors = numbers(state, metrics)
-    assert metrics["pruned"] > 0.5 and metrics["quality_loss"] > 0
+    wanteds = {}
+    for name, changes in RULES.items():
+        with quick_compiles(), with_trees():
+            tiny = Tiny(one_device(), **changes)
+            state, metrics = tiny.step(tiny.state(), tiny.prompts(), tiny.knobs)
+            wanteds[name] = numbers(state, metrics)
+        assert metrics["pruned"] > 0.5 and metrics["quality_loss"] > 0
     run = on_eight_devices(__file__, tmp_path)
     assert run.returncode == 0, run.stderr[-4000:]
-    for name in [*MESHES, "survivors", "kernel"]:
-        actual, wanted = np.load(tmp_path / f"{name}.npz"), survivors if name == "survivors" else plain
+    for name in [*MESHES, *RULES, *KERNELS]:
+        actual, wanted = np.load(tmp_path / f"{name}.npz"), wanteds.get(name, plain)
         for field in ("tree.token", "tree.parent", "tree.used", "tree.end", "tree.source", "tree.leaf"):
             np.testing.assert_array_equal(actual[field], wanted[field], err_msg=f"{name}: {field}")
         assert_close(actual, wanted, "graded")
@@ -188,11 +203,11 @@ def test_devices_do_not_change_the_step(first, tmp_path):
         assert_close(actual, wanted, "params")
 
 
-def token_loop_collectives(tiny) -> list[str]:
-    """Collectives in the sampler's innermost loop, one line of compiled text each.
+def loop_collectives(tiny, depth: int = 1) -> list[str]:
+    """Collectives within so many loops of the sampler, one line of compiled text each.
 
     Trees are independent and weights are gathered before the loop: over data and fsdp there is
-    nothing to communicate for a token.
+    nothing to communicate, but for a rule that compares the trees of a batch; and for no token, the innermost of three.
     """
     state = tiny.state()
     grow = lambda params, prompts, knobs, quality: S.rollout(tiny.fns, params, prompts, jax.random.key(0), 0, knobs, quality=quality)
@@ -201,7 +216,7 @@ def token_loop_collectives(tiny) -> list[str]:
     kinds = r"= \S+ (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[^(]*\("
     found = [line for line in text.splitlines() if re.search(kinds, line)]
     assert any(" all-gather(" in line for line in found), "the weights' gathers are not seen"
-    return [line.strip() for line in found if line.count("while/body") >= 3]
+    return [line.strip() for line in found if line.count("while/body") >= depth]
 
 
 def main(folder: str):
@@ -212,20 +227,23 @@ def main(folder: str):
         shard = down.addressable_shards[0].data.shape
         assert shard == (1, 16 // sizes.get("tensor", 1), 16 // sizes["fsdp"]), shard  # it is cut indeed
         if "tensor" not in sizes:
-            assert not token_loop_collectives(tiny), token_loop_collectives(tiny)
+            assert not loop_collectives(tiny), loop_collectives(tiny)
         with with_trees():
             result = numbers(*tiny.step(tiny.state(), tiny.prompts(), tiny.knobs))
         np.savez(os.path.join(folder, f"{name}.npz"), **result)
-    tiny = Tiny(sharding.make_mesh(**MESHES["data=4, fsdp=2"]), **SURVIVAL)
-    assert not token_loop_collectives(tiny), token_loop_collectives(tiny)
-    with with_trees():
-        np.savez(os.path.join(folder, "survivors.npz"), **numbers(*tiny.step(tiny.state(), tiny.prompts(), tiny.knobs)))
-    pool = mock.patch.object(attention, "kernel", lambda head_dim, mesh: attention.sharded(attention.fused, mesh))
+    for name, changes in RULES.items():
+        tiny = Tiny(sharding.make_mesh(**MESHES["data=4, fsdp=2"]), **changes)
+        found = loop_collectives(tiny, 3 if name == "across" else 1)
+        assert not found, found
+        assert name != "across" or loop_collectives(tiny), "each device compares its own trees alone"
+        with with_trees():
+            np.savez(os.path.join(folder, f"{name}.npz"), **numbers(*tiny.step(tiny.state(), tiny.prompts(), tiny.knobs)))
     packed = mock.patch.object(attention, "packed", functools.partial(attention.packed, how="kernel"))
-    with pool, packed, with_trees():
-        tiny = Tiny(sharding.make_mesh(**sizes))
-        result = numbers(*tiny.step(tiny.state(), tiny.prompts(), tiny.knobs))
-    np.savez(os.path.join(folder, "kernel.npz"), **result)
+    for name, (sizes, pool) in KERNELS.items():
+        with mock.patch.object(attention, "kernel", pool), packed, with_trees():
+            tiny = Tiny(sharding.make_mesh(**MESHES[sizes]))
+            result = numbers(*tiny.step(tiny.state(), tiny.prompts(), tiny.knobs))
+        np.savez(os.path.join(folder, f"{name}.npz"), **result)
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ class Quality(NamedTuple):
     epochs: int
     bins: int
     inverse: bool  # survivors weigh the inverse of their chance
+    across: bool  # the rule compares the trees of a batch
 
 
 class Fns(NamedTuple):
@@ -253,7 +254,7 @@ def make_quality(config, late: int, width: int) -> tuple[Quality | None, int, in
             "use one of the two."
         )
     head, optimizer = QualityHead(width, q.inner), optax.adam(q.learning_rate)
-    return Quality(choose, head, optimizer, q.epochs, q.bins, p.weights == "inverse"), review_at, columns
+    return Quality(choose, head, optimizer, q.epochs, q.bins, p.weights == "inverse", p.rule in survival.ACROSS), review_at, columns
 
 
 def make_model(config, task: Task, folder: str | None, mesh: Mesh | None = None) -> Model:

@@ -66,6 +66,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -
     return Mesh(mesh_utils.create_hybrid_device_mesh(inner, [slices, 1, 1], devices, allow_split_physical_axes=True), AXES)
 
 
+def lone(mesh: Mesh) -> Mesh:
+    """A mesh of the first device alone: what a program is built for that each device runs by itself."""
+    return Mesh(mesh.devices[:1, :1, :1], AXES)
+
+
 def parameter_shardings(mesh: Mesh, axes, shapes, *, gathered: bool = False):
     """Shardings of parameters from their logical axes.
 

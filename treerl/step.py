@@ -13,11 +13,13 @@ All of it is one program that XLA compiles and shards; where the host grades tex
 chose (`treerl.functions`); `knobs` are its numbers, traced, so that changing one compiles nothing.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from treerl import branching, episodes, masked, packing, pruning, reprompt, rewards, sampler, sharding, survival, tree as T
 from treerl.functions import Fns, Sizes, make_fns, make_knobs
@@ -118,15 +120,31 @@ class Sampled(NamedTuple):
 def rollout(fns: Fns, params, prompts: Prompts, key, step, knobs, *, quality=None, slots=None) -> Sampled:
     """Grows a tree for every prompt; `slots` independent samples instead, if given.
 
+    Devices along data and fsdp each run a sampler of their own over their own trees, which end when these do, and in which
+    kernels need not be cut. Where heads are cut over tensor, or the pruning rule compares the trees of a batch, it is one
+    program that the partitioner cuts.
+
     Args:
       quality: state of the quality head, if the config has one.
     """
-    worlds, key = None, jax.random.fold_in(key, step)
+    params, mesh = gathered(fns, params), fns.mesh
+    grow = lambda fns: functools.partial(_grow, fns, slots=slots)
+    inputs = params, prompts, jax.random.fold_in(key, step), step, knobs, quality
+    if mesh.size == 1 or mesh.shape["tensor"] > 1 or (slots is None and fns.quality is not None and fns.quality.across):
+        return grow(fns)(*inputs)
+    own = fns._replace(model=fns.model.anywhere, mesh=sharding.lone(mesh))
+    specs = PartitionSpec(), sharding.TREES, *[PartitionSpec()] * 4
+    return jax.shard_map(grow(own), mesh=mesh, in_specs=specs, out_specs=sharding.TREES, check_vma=False)(*inputs)
+
+
+def _grow(fns: Fns, params, prompts: Prompts, key, step, knobs, quality, *, slots) -> Sampled:
+    """`rollout` from gathered parameters and the step's own key."""
+    worlds = None
     if fns.window is not None:
         return short_memory(fns, params, prompts, key, knobs, slots=slots or fns.sizes.slots)
     if fns.environment is not None:
         worlds, prompts = episodes.begin(fns.environment, jax.random.fold_in(key, WORLD), prompts, fns.anchor)
-    model, params, size = fns.model, gathered(fns, params), fns.sizes
+    model, size = fns.model, fns.sizes
     plain = slots is not None
     slots = slots if plain else size.slots
     tree, stats, seen = sampler.sample(
@@ -164,7 +182,7 @@ def gathered(fns: Fns, params):
 
 def short_memory(fns: Fns, params, prompts: Prompts, key, knobs, *, slots: int) -> Sampled:
     """Episodes in which every turn reads a fresh prompt, see `treerl.reprompt`."""
-    rows, params = fns.environment.action, gathered(fns, params)
+    rows = fns.environment.action
     dtypes = dict(pool_dtype=fns.sizes.pool_dtype, weight_dtype=fns.sizes.weight_dtype)
     policy = make_policy(fns.model, params, slots=1, rows=rows, mesh=fns.mesh, **dtypes)
 

@@ -270,6 +270,7 @@ def random(key, q, due, *, kappa, rho, least: int = 2, capacity: Capacity = None
 
 
 RULES = dict(arrol=arrol, arrol_group=arrol_group, balance=balance, random=random)
+ACROSS = {"arrol"}  # what these rules do to a group depends on the others of the batch
 
 
 def inverse_weights(p: jax.Array, keep: jax.Array) -> jax.Array:

@@ -1,66 +1,118 @@
 """One training step over more and more devices, each with as many trees as before (weak scaling).
 
-Trees are spread over data and fsdp. Along tensor every device works on all trees, with its part of the heads and of
-the hidden width: there the trees are as many, and the share of a device shrinks by the sizes that are cut.
+Trees are spread over data and fsdp. Along tensor every device works on all trees, with its part of the heads and of the hidden
+width. On an accelerator the whole step and its sampler are timed, and what the step takes beside the sampler is called the
+learner's (grading and credit are a thousandth of it); the meshes of all devices come first. Efficiency is the tokens a second of
+a device over those of one alone; a model that one device cannot hold has none. The compiler says everywhere what memory a
+device needs, how much it computes and how many bytes it moves (what a loop repeats is counted once), and which are the largest
+results that devices send each other.
 
-On an accelerator steps are timed, on one device and on all. Everywhere the compiler says how much a device computes
-and how many bytes it moves (what a loop repeats is counted once).
+`same_trees`: a small model in float32 grows the trees on every mesh that it grows on one device.
 """
 
 import functools
+import math
+from collections.abc import Callable
 
 import jax
-import numpy as np
 
 from treerl import profiling, sharding
-from treerl.bench import measure
-from treerl.bench.step import build, defaults as step_defaults, make_config
+from treerl.bench import measure, peers, shapes
+from treerl.bench.devices import compare
+from treerl.bench.step import SMALL, build, defaults as step_defaults, make_config, make_halves
 from treerl.models.presets import PRESETS
+
+COUNTS = (8, 4, 2)  # of devices, beside one and all
 
 
 def defaults() -> dict:
-    """Sizes for this machine; prompts are those of one device."""
-    return step_defaults() | dict(axes=("data", "fsdp", "tensor"))
+    """Sizes for this machine; prompts are those of one device. large: of a model that needs several; None: without."""
+    large = shapes.sizes("D", remat="layers", bin_tokens=2560, bins_per_step=2) if measure.on_accelerator() else None
+    return step_defaults() | dict(axes=("data", "fsdp", "tensor"), large=large, small=SMALL)
 
 
-def timed(program, carry: tuple, repeats: int) -> float:
-    """Median seconds of a step from (state, prompts, knobs); the first does not count."""
+def meshes(axes: tuple[str, ...], count: int, kv_heads: int) -> dict[str, dict]:
+    """Name -> sizes of the meshes of several devices along one axis each, of all `count` devices first."""
+    counts = sorted({n for n in COUNTS if n <= count} | {count} - {1}, reverse=True)
+    return {f"{axis}{n}": {"data": 1, axis: n} for n in counts for axis in axes if axis != "tensor" or kv_heads % n == 0}
+
+
+def timed(program: Callable, carry: tuple, repeats: int) -> tuple[float, dict, tuple]:
+    """Median seconds of a step from (state, prompts, knobs), the first left out; its last metrics; and what goes on."""
 
     def run():
-        nonlocal carry
+        nonlocal carry, metrics
         state, metrics = program(*carry)
         carry = state, *carry[1:]
         return metrics
 
-    return measure.alternate(dict(step=run), repeats)["step"].median
+    metrics = {}
+    return measure.alternate(dict(step=run), repeats)["step"].median, metrics, carry
+
+
+def measured(sizes: dict, mesh) -> dict:
+    """What a step on a mesh takes: name -> value, by the units of UNITS, and `sent`, the largest `profiling.Collective`s."""
+    config = make_config(sizes | dict(prompts=sizes["prompts"] * mesh.size))
+    built = build(config, PRESETS[sizes["preset"]]["vocab"], mesh)
+    compiled = lambda jitted: jitted.lower(*built.shapes).compile()
+    program = compiled(built.step)
+    cost = program.cost_analysis()
+    found = dict(
+        flops=cost["flops"], bytes=cost["bytes accessed"], memory=profiling.memory(program).total,
+        sent=profiling.collectives(program, mesh)[:3],
+    )  # fmt: skip
+    if not measure.on_accelerator():
+        return found
+    seconds, metrics, carry = timed(program, built.arguments(), sizes["repeats"])
+    del program
+    sampling = compiled(make_halves(built, mesh)[0])
+    sampler = measure.alternate(dict(sampler=lambda: sampling(*carry)), sizes["repeats"])["sampler"].median
+    tokens = float(metrics["sampled_tokens"])
+    return found | dict(step=seconds, tokens=tokens / seconds, sampler=tokens / sampler, learner=tokens / (seconds - sampler))
+
+
+UNITS = dict(
+    flops="FLOP a device", bytes="bytes a device", memory="bytes a device", step="s", tokens="tokens/s",
+    sampler="tokens/s, of the sampler's time", learner="tokens/s, of the rest of the step",
+)  # fmt: skip
+
+
+def grown(sizes: dict, mesh):
+    """Trees of a config's first step, NumPy, the same prompts and parameters on every mesh."""
+    built = build(make_config(sizes), PRESETS[sizes["preset"]]["vocab"], mesh)
+    return jax.device_get(make_halves(built, mesh)[0](*built.arguments()))
 
 
 def rows(**sizes):
     """Yields rows of the suite; `sizes` replace `defaults()`."""
     sizes = {**defaults(), **sizes}
-    row = functools.partial(measure.row, "scaling", shapes=sizes)
-    every, model = jax.devices(), PRESETS[sizes["preset"]]
-    counts = [1, len(every)] if measure.on_accelerator() else [n for n in (1, 2, 4, 8) if n <= len(every)]
-    meshes = {"one": dict(data=1)}
-    for axis in sizes["axes"]:
-        for n in counts[1:]:
-            if axis != "tensor" or model["kv_heads"] % n == 0:
-                meshes[f"{axis}{n}"] = dict(dict(data=1), **{axis: n})
-    first = None
-    for name, shape in meshes.items():
-        n = int(np.prod(list(shape.values())))
-        mesh = sharding.make_mesh(**shape, devices=every[:n])
-        built = build(make_config(sizes | dict(prompts=sizes["prompts"] * n)), model["vocab"], mesh)
-        program = built.step.lower(*built.shapes).compile()
-        cost = program.cost_analysis()
-        found = dict(flops=cost["flops"], bytes=cost["bytes accessed"])
-        if measure.on_accelerator():
-            found["seconds"] = timed(program, built.arguments(), sizes["repeats"])
-            found["peak"] = profiling.memory(program).total
-        first = first or found
-        for what, unit in dict(flops="FLOP a device", bytes="bytes a device", seconds="s a step", peak="bytes").items():
-            if what in found:
-                yield row(f"{name}.{what}", found[what], unit, versus=f"one.{what}", ratio=found[what] / first[what])
-        if "seconds" in found:
-            ratio = n * first["seconds"] / found["seconds"]
-            yield row(f"{name}.throughput", n * sizes["prompts"] / found["seconds"], "trees/s", versus="one.throughput", ratio=ratio)
+    own = {k: v for k, v in sizes.items() if k not in ("large", "small")}
+    large = sizes["large"] and own | dict(sizes["large"], axes=[axis for axis in sizes["axes"] if axis != "data"])
+    alone = sharding.make_mesh(data=1, devices=jax.devices()[:1])
+    wanted, small = grown(sizes["small"], alone), functools.partial(measure.row, "scaling", shapes=sizes["small"])
+    for name, shape in meshes(own["axes"], jax.device_count(), PRESETS[sizes["small"]["preset"]]["kv_heads"]).items():
+        mesh = sharding.make_mesh(**shape, devices=jax.devices()[: math.prod(shape.values())])
+        same = compare(wanted, grown(sizes["small"], mesh))["same"]
+        yield small(f"{name}.same_trees", same.mean(), "of the trees, token for token")
+    for prefix, part in {"": own, "large.": large}.items():
+        if part is None:
+            continue
+        row, first = functools.partial(measure.row, "scaling", shapes=part), {}
+        several = meshes(part["axes"], jax.device_count(), PRESETS[part["preset"]]["kv_heads"])
+        for name, shape in (several if prefix else {"one": dict(data=1)} | several).items():
+            n = math.prod(shape.values())
+            try:
+                found = measured(part, sharding.make_mesh(**shape, devices=jax.devices()[:n]))
+            except jax.errors.JaxRuntimeError as error:
+                peers.left_out(f"{prefix}{name}", error)
+                continue
+            first = found if name == "one" else first
+            for what, unit in UNITS.items():
+                if what in found:
+                    against = dict(versus=f"one.{what}", ratio=found[what] / first[what]) if what in first else {}
+                    yield row(f"{prefix}{name}.{what}", found[what], unit, **against)
+            if "tokens" in first:
+                yield row(f"{prefix}{name}.efficiency", found["tokens"] / n / first["tokens"], "of one device's tokens a second")
+            for number, c in enumerate(found["sent"], 1):
+                what = f"bytes a device, {c.kind} of {c.shape} over {c.axes or 'none'}, {c.depth} loops deep: {c.name[-120:]}"
+                yield row(f"{prefix}{name}.sent_{number}", c.bytes, what)

@@ -30,6 +30,10 @@ LAYOUT = {  # what goes through the learner at a time
     "C": dict(bin_tokens=4352, bins_per_step=4),
     "D": dict(bin_tokens=2560, bins_per_step=2, **shapes.LORA["D"]),
 }
+SMALL = dict(
+    preset="tiny", dtype="float32", prompts=32, slots=8, prompt=20, rows=20, segment=4, lengths=(), windows=(4, 6),
+    bin_tokens=128, bins_per_step=8, vocab_chunk=1024, remat="none",
+)  # fmt: skip
 
 
 def defaults(shape: str | None = None) -> dict:
@@ -38,11 +42,7 @@ def defaults(shape: str | None = None) -> dict:
         shape = shape or "A"
         others = dict(segment=32, lengths=(), windows=(20, 30, 50), vocab_chunk=1024, remat="products", repeats=3)
         return shapes.sizes(shape, **others) | LAYOUT[shape]
-    return dict(
-        preset="tiny", dtype="float32", prompts=32, slots=8, prompt=20, rows=20, segment=4,
-        lengths=(), windows=(4, 6), bin_tokens=128, bins_per_step=8, vocab_chunk=1024,
-        remat="none", repeats=7,
-    )  # fmt: skip
+    return dict(SMALL, repeats=7)
 
 
 def make_config(sizes: dict):

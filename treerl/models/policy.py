@@ -60,7 +60,7 @@ def make_policy(
 
     Args:
       slots, rows: K and S, the size of the pool of keys and values of a tree.
-      mesh: of the parameters; None is one device.
+      mesh: of the parameters; None is one device, the default one.
       pool_dtype: of the keys and values of answers and prompts; None is that of the activations.
       weight_dtype: int8 reads the two largest weights, those of the MLP's gates and of the output, and their inputs,
         rounded to 8 bits, with one scale a row; on a single GPU, where the sizes fit, see `products.narrow_product`.
@@ -92,7 +92,7 @@ def make_policy(
         hidden, (k, v) = module(token, position, attention.causal(length, mesh=mesh), remat="layers")
         last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
         stored = pool_dtype or config.dtype
-        place = lambda x: sharding.constrain(x, mesh, "trees", "kv_heads", *[None] * (x.ndim - 2))
+        place = lambda x: sharding.constrain(x, model.mesh, "trees", "kv_heads", *[None] * (x.ndim - 2))
         pool = place(jnp.zeros((batch, config.kv_heads, slots, rows, config.head_dim), stored))
         k, v = ([place(rearrange(x, "b p g d -> b g p d").astype(stored)) for x in each] for each in (k, v))
         heads = jnp.broadcast_to(last, (batch, slots, config.width))
