@@ -168,18 +168,22 @@ def gradient(fns, objective, params, bins: packing.Bins, weight):
     Returns:
       (gradient of what is trained, float32, (loss, sums / weight, maximum)).
     """
-    step, rounded = fns.sizes.bins_per_step, jax.tree.map(lambda x: x.astype(fns.model.config.dtype), params)
-    trained, frozen = fns.model.split(rounded)  # what every microbatch would round again
-    part = jax.jit(lambda trained, bins: objective(fns.model.join(trained, frozen), bins))
+    model, step = fns.model, fns.sizes.bins_per_step
+    lie = sharding.parameter_shardings(fns.mesh, model.axes(), model.shapes())
+    rounded = jax.tree.map(lambda x: x.astype(model.config.dtype), params)
+    trained, frozen = model.split(jax.lax.with_sharding_constraint(rounded, lie))  # what every microbatch would round again
+    cut = lambda grads: jax.lax.with_sharding_constraint(grads, model.split(lie)[0])  # a device sums its own part
+    part = jax.jit(lambda trained, bins: objective(model.join(trained, frozen), bins))
     value = jax.value_and_grad(part, has_aux=True)  # traced once, for its shapes too
     shapes = jax.eval_shape(value, trained, jax.eval_shape(lambda: microbatch(fns, bins, 0)))
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)  # whatever the parameters are
+    sums, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)  # whatever the parameters are
+    zero = sums, cut(grads)
 
     def body(carry):
         i, ((loss, (sums, top)), grads) = carry
         (new_loss, (new_sums, new_top)), new_grads = value(trained, microbatch(fns, bins, i))
         add = functools.partial(jax.tree.map, jnp.add)
-        total = (loss + new_loss, (add(sums, new_sums), jnp.maximum(top, new_top))), add(grads, new_grads)
+        total = (loss + new_loss, (add(sums, new_sums), jnp.maximum(top, new_top))), add(grads, cut(new_grads))
         return i + 1, total
 
     _, ((loss, (sums, top)), grads) = jax.lax.while_loop(lambda carry: carry[0] * step < jnp.max(bins.count), body, (jnp.int32(0), zero))

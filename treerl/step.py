@@ -176,8 +176,9 @@ def _grow(fns: Fns, params, prompts: Prompts, key, step, knobs, quality, *, slot
 def gathered(fns: Fns, params):
     """Parameters in the dtype of activations and whole on every shard of trees: once, before a loop that decodes."""
     model = fns.model  # adapters as they are: folded into bfloat16 weights, small changes would be rounded away
-    where = sharding.parameter_shardings(fns.mesh, model.axes(), model.shapes(), gathered=True)
-    return jax.lax.with_sharding_constraint(jax.tree.map(lambda p: p.astype(model.config.dtype), params), where)
+    cut, whole = (sharding.parameter_shardings(fns.mesh, model.axes(), model.shapes(), gathered=g) for g in (False, True))
+    rounded = jax.tree.map(lambda p: p.astype(model.config.dtype), params)
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(rounded, cut), whole)  # not gathered, then rounded
 
 
 def short_memory(fns: Fns, params, prompts: Prompts, key, knobs, *, slots: int) -> Sampled:

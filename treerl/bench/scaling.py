@@ -27,8 +27,8 @@ COUNTS = (8, 4, 2)  # of devices, beside one and all
 
 def defaults() -> dict:
     """Sizes for this machine; prompts are those of one device. large: of a model that needs several; None: without."""
-    large = shapes.sizes("D", remat="layers", bin_tokens=2560, bins_per_step=2) if measure.on_accelerator() else None
-    return step_defaults() | dict(axes=("data", "fsdp", "tensor"), large=large, small=SMALL)
+    large = shapes.sizes("D", remat="layers", bin_tokens=2560, bins_per_step=1, moment_dtype="bfloat16") | dict(prompts=4)
+    return step_defaults() | dict(axes=("data", "fsdp", "tensor"), large=large if measure.on_accelerator() else None, small=SMALL)
 
 
 def meshes(axes: tuple[str, ...], count: int, kv_heads: int) -> dict[str, dict]:

@@ -37,7 +37,7 @@ def prompts(vocab: int, batch: int, width: int, seed: int = 0) -> Prompts:
 
 
 def config(sizes: dict):
-    """The default config at a suite's sizes; see `treerl.config`. param_dtype and lora_rank are read where there are any."""
+    """The default config at a suite's sizes; see `treerl.config`. param_dtype, lora_rank and moment_dtype are read if there are any."""
     result = C.default()
     result.samples_every = 0
     model = dict(dict(qk_norm=False, qkv_bias=False, tied=True), **PRESETS[sizes["preset"]])
@@ -45,6 +45,7 @@ def config(sizes: dict):
     result.model.update(dict(model, dtype=sizes["dtype"]) | {k: sizes[k] for k in ("param_dtype", "lora_rank") if k in sizes})
     result.sampler.update(prompts=sizes["prompts"], slots=sizes["slots"], prompt_length=sizes["prompt"], answer_length=sizes["rows"])
     result.learner.update({k: sizes[k] for k in ("vocab_chunk", "remat")})
+    result.optimizer.moment_dtype = sizes.get("moment_dtype", result.optimizer.moment_dtype)
     return result
 
 
