@@ -22,7 +22,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sharding_test import ROOT, Tiny, numbers, on_eight_devices, tiny_task, with_trees
 
 from treerl import plan, profiling, sharding, step as S
+from treerl.bench import scaling
 from treerl.errors import UserError
+from treerl.models.presets import PRESETS
 from treerl.tokenizers import CharTokenizer
 
 VOCAB, LAYERS, SLOTS, ROWS, BINS, HEADS = 512, 3, 4, 8, (2, 24), dict(heads=4, kv_heads=2, head_dim=16)
@@ -125,11 +127,28 @@ def check_work_stays_with_the_device():
         assert 0.8 < fsdp[name] / one[name] < 1.1, (name, fsdp[name], one[name])
 
 
+def check_the_suite_of_scaling():
+    """All meshes, the largest first; the same trees on each; of a model that needs several devices nothing on one."""
+    toy = dict(layers=1, width=16, heads=4, kv_heads=2, head_dim=8, hidden=16, vocab=24)
+    sizes = dict(
+        preset="toy", prompts=8, slots=4, prompt=5, rows=8, segment=2, windows=(2,), bin_tokens=32, bins_per_step=1, vocab_chunk=16
+    )
+    with mock.patch.dict(PRESETS, toy=toy), mock.patch.object(scaling, "COUNTS", (2,)):
+        small = dict(scaling.SMALL, **sizes)
+        rows = list(scaling.rows(**dict(sizes, prompts=2), small=small, large=dict(preset="toy")))
+    found = {row["name"]: row["value"] for row in rows}
+    names = [name.partition(".")[0] for name in found if name.endswith(".same_trees")]
+    assert names == ["data8", "fsdp8", "data2", "fsdp2", "tensor2"], names
+    assert all(found[f"{name}.same_trees"] == 1 for name in names), found
+    assert {name.split(".")[1] for name in found if name.startswith("large.")} == {"fsdp8", "fsdp2", "tensor2"}
+    assert found["one.memory"] > 0 and found["fsdp2.sent_1"] >= found["fsdp2.sent_3"] > 0 and "one.sent_1" not in found
+
+
 def main(folder: str):
     assert jax.device_count() == 8
     for check in (
         check_a_known_program, check_no_step_gathers_what_is_spread, check_a_vocabulary_that_is_cut_changes_nothing,
-        check_work_stays_with_the_device,
+        check_work_stays_with_the_device, check_the_suite_of_scaling,
     ):  # fmt: skip
         check()
         print(check.__name__, "done", flush=True)
@@ -139,7 +158,7 @@ def main(folder: str):
 def test_on_eight_devices(tmp_path):
     run = on_eight_devices(__file__, tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr[-4000:]
-    assert run.stdout.count("done") == 4
+    assert run.stdout.count("done") == 5
 
 
 @pytest.mark.parametrize(
