@@ -6,6 +6,7 @@ Run as a program it takes steps on simulated devices, see `test_devices_do_not_c
 import contextlib
 import json
 import os
+import re
 import sys
 from unittest import mock
 
@@ -268,6 +269,30 @@ def test_a_page_shows_a_tree_and_what_was_read_before_it(runs):
     assert shown["prompt"] == experiment.read_text(grown, 1) != experiment.read_text(grown, 0)
     assert shown["title"] == "one" and set(shown["columns"]) == {"advantage", "entropy", "probability", "zero"}
     assert sum(end["leaf"] for end in shown["ends"]) == np.sum(grown.tree.leaf[1, :, 0] >= 0)
+
+
+def test_a_page_says_what_the_numbers_decided_that_a_tree_was_grown_by(runs):
+    """By the config's numbers and by others; of tempered probabilities nothing is known."""
+    experiment, _ = runs["split"]
+    state, examples = experiment.init(0), [experiment.task.heldout[i] for i in range(8)]
+    ends, kinds = 0, set()
+    for knobs in ({}, dict(tau_abs=0.02, tau_ed=0.8, share=(1.0,)), dict(share=(0.0,)), dict(temperature=0.5)):
+        grown = experiment.grow(state, examples, step=0, knobs=knobs, candidates=True)
+        for i in range(8):
+            shown = data_of(experiment.tree_page(grown, i))
+            said = {words for pairs in shown["candidates"].values() for *_, words in pairs if words}
+            kinds |= said
+            if "temperature" in knobs:
+                assert not said
+            elif "share" in knobs and not any(knobs["share"]):
+                assert said <= {"lines here do not fork"}
+            for _, p, _, words in sum(shown["candidates"].values(), []):
+                assert p < knobs.get("tau_abs", 0.005) if "tau_abs" in words else True
+            pruned = [fate for fate in shown["cells"]["fate"] if fate.startswith("pruned: similar")]
+            said = [float(bar) for fate in pruned for bar in re.findall(r"below tau_ed x \d = (.*)", fate)]
+            assert set(said) <= {round(n * knobs.get("tau_ed", 0.6), 6) for n in (2, 4)} and len(said) >= len(pruned) / 2
+            ends += len(said)
+    assert ends > 3 and {"below tau_abs=0.02", "no free slot", "lines here do not fork"} <= kinds
 
 
 @pytest.mark.parametrize("how", ["split", "callback"])

@@ -194,7 +194,8 @@ def _config(name: str, fields: dict) -> str:
 _LEGEND = """<p>Each tree is an answer's tokens from left to right, a line for every answer, which ends in its reward and the advantage A of its last
 token; ▮ is the end. A square was forced by the branching rule: a likely token that a line did not draw and a free slot took up. Lines are as
 thick as their tokens were probable. Grey, dashed tokens have no answer below them and say why: "similar" lines stayed within pruning.tau_ed edits
-a token of the line that they had forked from. Lines that begin at the prompt are samples of their own and are not compared. Click a token.</p>
+a token of the line that they had forked from. Lines that begin at the prompt are samples of their own and are not compared. Click a token: for
+what else was likely there and why no line took it, and at the end of a grey line for which line it repeated.</p>
 """
 
 
