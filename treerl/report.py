@@ -51,18 +51,15 @@ _PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <title>{title}</title>
 <style>
+:root {{ color-scheme: light dark; --paper: #fff; --ink: #222; --line: #ddd; --panel: #f6f6f6; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --paper: #15171a; --ink: #ddd; --line: #444; --panel: #22252a; }} }}
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem;
-  color: #222; background: #fff; }}
+  color: var(--ink); background: var(--paper); }}
 table {{ border-collapse: collapse; }}
-th, td {{ padding: .2rem 1rem; border-bottom: 1px solid #ddd; text-align: right; }}
+th, td {{ padding: .2rem 1rem; border-bottom: 1px solid var(--line); text-align: right; }}
 th:first-child, td:first-child {{ text-align: left; }}
-pre {{ font-size: 13px; line-height: 1.3; overflow-x: auto; background: #f6f6f6; padding: 1rem; }}
-svg {{ max-width: 100%; height: auto; }}
-@media (prefers-color-scheme: dark) {{
-  body {{ color: #ddd; background: #15171a; }}
-  pre {{ background: #22252a; }}
-  th, td {{ border-color: #444; }}
-}}
+pre {{ font-size: 13px; line-height: 1.3; overflow-x: auto; background: var(--panel); padding: 1rem; }}
+svg {{ max-width: 100%; height: auto; fill: var(--ink); }}
 </style>
 </head>
 <body>
@@ -268,7 +265,8 @@ def _facts(runs: list[Run]) -> str:
             _number(np.median(rate or [np.nan])), str(last.get("devices", "—")), (versions or "—") + more,
         ])  # fmt: skip
     return _rows(
-        ["", "steps", "tokens sampled", "seconds", "seconds a step (median)", "tokens a second (median)", "devices", "versions"], rows
+        ["", "steps", "tokens sampled", "seconds of all steps", "seconds a step (median)", "tokens a second (median)", "devices", "versions"],
+        rows,
     )
 
 
@@ -327,7 +325,7 @@ def _curves(histories: dict[str, list[list[dict]]], by_tokens: bool = False) -> 
             axis.set_visible(False)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
+    svg = text.getvalue().replace("#000000", "var(--ink)").replace("#ffffff", "var(--paper)")  # of the page, by its reader's colours
     return svg[svg.index("<svg") :]
 
 
