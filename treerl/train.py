@@ -65,7 +65,8 @@ def train(
     is cut short and done again, and so is a step whose answers are still being graded on the host.
 
     Returns:
-      The summary: steps, train_seconds, and pass@1 and the largest pass@k before and after.
+      The summary: steps, wall_seconds (of all processes of the run, each from its start to its last checkpoint), and pass@1 and the
+      largest pass@k before and after.
 
     Raises:
       Interrupted: by a signal, after saving. Diverged: too many updates in a row were skipped.
@@ -122,7 +123,7 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, watch, sig
             run.show_trees()
         after = run.extra.get("after", run.extra["before"])
         top = f"pass@{config.evaluation.samples}"
-        summary = dict(steps=config.steps, train_seconds=round(run.extra["seconds"], 1))
+        summary = dict(steps=config.steps, wall_seconds=round(run.extra["seconds"], 1))
         for name in ("pass@1", top):
             summary |= {f"{name}_before": run.extra["before"][name], f"{name}_after": after[name]}
         if processes.is_first():
