@@ -265,7 +265,7 @@ def _facts(runs: list[Run]) -> str:
             _number(np.median(rate or [np.nan])), str(last.get("devices", "—")), (versions or "—") + more,
         ])  # fmt: skip
     return _rows(
-        ["", "steps", "tokens sampled", "seconds of all steps", "seconds a step (median)", "tokens a second (median)", "devices", "versions"],
+        ["", "steps", "tokens sampled", "seconds of steps", "seconds a step (median)", "tokens a second (median)", "devices", "versions"],
         rows,
     )
 
