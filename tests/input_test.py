@@ -456,7 +456,7 @@ class Quick(Experiment):
 def quick(monkeypatch, data, tmp_path):
     """quick(**changes) trains in tmp_path/run."""
     monkeypatch.setattr(train, "Experiment", Quick)
-    monkeypatch.setattr(train, "example_trees", lambda *_: ([], []))
+    monkeypatch.setattr(train, "example_trees", lambda *_: [])
     monkeypatch.setattr(report, "write_report", lambda *_: None)
     return lambda **changes: train.train(small(data, **changes), str(tmp_path / "run"), progress=False)
 
@@ -507,7 +507,7 @@ sys.path.insert(0, "tests")
 import input_test
 from launch import entry, train as launched
 from treerl import report, train
-train.Experiment, train.example_trees, report.write_report = input_test.Quick, lambda *_: ([], []), lambda *_: None
+train.Experiment, train.example_trees, report.write_report = input_test.Quick, lambda *_: [], lambda *_: None
 limit = lambda number: number == 7 and resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 input_test.Quick.before_step = staticmethod(limit)
 entry.run(launched.main)
@@ -573,7 +573,7 @@ def finished(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Experiment", Quick)
-        patch.setattr(train, "example_trees", lambda *_: ([], []))
+        patch.setattr(train, "example_trees", lambda *_: [])
         patch.setattr(report, "write_report", lambda *_: None)
         train.train(small(data, steps=4), str(workdir), progress=False)
     return workdir

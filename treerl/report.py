@@ -117,9 +117,8 @@ def read_run(workdir: epath.PathLike) -> Run:
         path = here / name
         if not path.exists():
             return []
-        text = path.read_text().rstrip()
-        found = metrics.read(path)
-        if len(found) < sum(bool(line.strip()) for line in text.split("\n")):
+        found, cut = metrics.read_whole(path)
+        if cut:
             notes.append(f"The last line of {name} is cut short and left out.")
         return found
 
@@ -242,9 +241,7 @@ def _warm_start(runs: list[Run]) -> str:
     """Which of the measured states training started from: the best."""
     told = []
     for run in runs:
-        points = [line for line in run.warmup if line.get("pass@1") is not None]
-        if points:
-            best = max(points, key=lambda line: line["pass@1"])
+        if best := metrics.best(run.warmup):
             told.append(f"{run.name} goes on from update {best['step']}, the best by pass@1 ({_number(best['pass@1'])}).")
     return "".join(f"<p>{html.escape(text)}</p>\n" for text in told)
 
