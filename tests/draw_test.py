@@ -402,6 +402,25 @@ def test_the_page_is_one_piece_and_shows_itself_in_a_notebook(tmp_path):
         draw.explore_tree(tree, to_text, reward=reward, advantage=advantage, columns={"quality": np.zeros((2, 2))})
 
 
+def test_what_is_known_of_rules_is_said_and_shown_as_text():
+    """In the page's data and the drawing's hover; words and tokens that are HTML stay text."""
+    tree, reward, advantage = hand_built_tree()
+    texts = dict(zip("gq", ["<b>g</b>", "</script><i>q</i>"]))
+    decode = lambda ids: "".join(texts.get(chr(i), chr(i)) for i in ids)
+    given = dict(reward=reward, advantage=advantage, stops={(3, 2): "similar to <u>one</u>"})
+    assert "\npruned: similar to &lt;u&gt;one&lt;/u&gt;</title>" in draw.draw_tree(tree, decode, **given)
+    candidates, refusals = {None: [(ord("a"), 0.5), (ord("q"), 0.25), (ord("r"), 0.125)]}, {None: {ord("q"): "below <u>"}}
+    page = draw.explore_tree(tree, decode, candidates=candidates, refusals=refusals, **given)
+    assert page.count("<script") == 2 and "<u>" not in page and "<i>" not in page
+    data = data_of(page)
+    assert data["candidates"] == {
+        "prompt": [["a", 0.5, ord("a"), ""], ["</script><i>q</i>", 0.25, ord("q"), "below <u>"], ["r", 0.125, ord("r"), ""]]
+    }
+    fates = dict(zip(zip(data["cells"]["row"], data["cells"]["column"]), data["cells"]["fate"]))
+    assert fates[3, 2] == "pruned: similar to <u>one</u>" and fates[1, 2] == "truncated ✗ 0.1"
+    assert {end["text"] for end in data["ends"] if not end["leaf"]} == {"pruned: similar"}  # beside the line, where room is short
+
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="install chromium to see pages as a browser does")
 
@@ -462,6 +481,20 @@ def test_a_browser_answers_clicks_searches_and_colours(tmp_path):
     assert elements(dom, "b", "found") == ["d", "f"] and elements(dom, "span")[-2:][0] == "1 found"
     full = re.findall(r"<b\b[^>]*rgb\(33, 102, 172\)[^>]*>(.)</b>", dom)  # the highest there is, but for what is grey
     assert sorted(full) == sorted("abcedfhtu")
+
+
+@needs_browser
+def test_a_browser_says_why_a_line_was_pruned_and_a_token_not_taken(tmp_path):
+    tree, reward, advantage = hand_built_tree()
+    given = dict(stops={(3, 2): "similar to <u>one</u>"}, candidates={None: [(ord("q"), 0.125)]}, refusals={None: {ord("q"): "below <u>"}})
+    page = draw.explore_tree(tree, to_text, reward=reward, advantage=advantage, **given)
+    assert elements(in_browser(page, tmp_path), "td")[-3:] == ['"q"', "0.125", "not taken: below <u>"]
+    script = """
+      const pruned = [...document.querySelectorAll("b")].find(b => b.textContent === "g");
+      pruned.dispatchEvent(new MouseEvent("mouseover", {bubbles: true})); pruned.click();"""
+    dom = in_browser(page, tmp_path, script)
+    assert elements(dom, "p") == ["pruned: similar to <u>one</u>"]
+    assert ", forced, pruned: similar to <u>one</u>" in html.unescape(re.search(r'<b [^>]*title="([^"]*)"[^>]*>g</b>', dom)[1])
 
 
 @needs_browser

@@ -4,8 +4,10 @@ Run as a program it takes steps on simulated devices, see `test_devices_do_not_c
 """
 
 import contextlib
+import functools
 import json
 import os
+import re
 import sys
 from unittest import mock
 
@@ -19,11 +21,12 @@ from draw_test import data_of
 from ml_collections import ConfigDict
 from sharding_test import compile_events, on_eight_devices, quick_compiles
 
-from treerl import functions, rewards, tree as T
+from treerl import functions, rewards, step, tree as T
 from treerl.config import default
 from treerl.errors import UserError
 from treerl.experiment import Experiment
 from treerl.graders import FAULTS
+from treerl.survival import Calibration
 
 pytestmark = pytest.mark.filterwarnings("ignore:grader")
 GRADERS = {"exact": 1.0, "sample_graders:lower": 0.5, "sample_graders:length": -0.01}
@@ -268,6 +271,56 @@ def test_a_page_shows_a_tree_and_what_was_read_before_it(runs):
     assert shown["prompt"] == experiment.read_text(grown, 1) != experiment.read_text(grown, 0)
     assert shown["title"] == "one" and set(shown["columns"]) == {"advantage", "entropy", "probability", "zero"}
     assert sum(end["leaf"] for end in shown["ends"]) == np.sum(grown.tree.leaf[1, :, 0] >= 0)
+
+
+def test_a_page_says_what_the_numbers_decided_that_a_tree_was_grown_by(runs):
+    """By the config's numbers and by others; of tempered probabilities nothing is known."""
+    experiment, _ = runs["split"]
+    state, examples = experiment.init(0), [experiment.task.heldout[i] for i in range(8)]
+    ends, kinds = 0, set()
+    for knobs in ({}, dict(tau_abs=0.02, tau_ed=0.8, share=(1.0,)), dict(share=(0.0,)), dict(temperature=0.5)):
+        grown = experiment.grow(state, examples, step=0, knobs=knobs, candidates=True)
+        for i in range(8):
+            shown = data_of(experiment.tree_page(grown, i))
+            said = {words for pairs in shown["candidates"].values() for *_, words in pairs if words}
+            kinds |= said
+            if "temperature" in knobs:
+                assert not said
+            elif "share" in knobs and not any(knobs["share"]):
+                assert said <= {"lines here do not fork"}
+            for _, p, _, words in sum(shown["candidates"].values(), []):
+                assert p < knobs.get("tau_abs", 0.005) if "tau_abs" in words else True
+            pruned = [fate for fate in shown["cells"]["fate"] if fate.startswith("pruned: similar")]
+            said = [float(bar) for fate in pruned for bar in re.findall(r"below tau_ed x \d = (.*)", fate)]
+            assert set(said) <= {round(n * knobs.get("tau_ed", 0.6), 6) for n in (2, 4)} and len(said) >= len(pruned) / 2
+            ends += len(said)
+    assert ends > 3 and {"below tau_abs=0.02", "no free slot", "lines here do not fork"} <= kinds
+
+
+@pytest.mark.slow
+def test_a_page_says_how_likely_a_line_was_to_end_right_that_a_review_dropped():
+    config = tiny()
+    config.pruning.update(rule="balance", detection=2, warmup_steps=0)
+    config.branching.rule = "stochastic"
+    with quick_compiles():
+        experiment = Experiment(config)
+        state, examples = experiment.init(0), [experiment.task.heldout[i] for i in range(8)]
+        spread = jax.tree.map(lambda x: x + 0.3 * np.random.default_rng(0).normal(size=x.shape), state.quality["params"])
+        table = Calibration(right=jnp.arange(128.0), wrong=jnp.arange(128.0)[::-1])
+        state = state.replace(quality=dict(state.quality, params=spread, table=table))
+        grown = experiment.grow(state, examples, step=0)
+        prompts = experiment.prompts(examples, np.arange(8))
+        sampled = jax.jit(functools.partial(step.rollout, experiment.fns))(
+            state.params, prompts, jax.random.key(0), 0, experiment.knobs, quality=state.quality
+        )
+    record, said = sampled.seen.record, set()
+    for i in range(8):
+        cells = data_of(experiment.tree_page(grown, i))["cells"]
+        ends = {k: fate for k, fate in zip(cells["column"], cells["fate"]) if fate.startswith("pruned: dropped")}
+        gone = np.flatnonzero(record.due[i] & ~record.keep[i])
+        assert ends == {k: f"pruned: dropped at detection, chance of a right answer {record.posterior[i, k]:.2f}" for k in gone}
+        said |= set(ends.values())
+    assert len(said) > 3
 
 
 @pytest.mark.parametrize("how", ["split", "callback"])

@@ -15,7 +15,7 @@ import jax
 import pytest
 from events_test import Wandb
 
-from treerl import branching, config as C, metrics, profiling, pruning, report, sharding, tasks, train
+from treerl import branching, config as C, functions, metrics, profiling, pruning, report, sharding, tasks, train
 from treerl.advantages import ESTIMATORS, leaf_estimators
 from treerl.checkpoint import Checkpoints
 from treerl.config import default
@@ -230,6 +230,16 @@ def survival(rule="balance", **changes):
     return {name if "__" in name else f"pruning__{name}": x for name, x in changes.items()} | dict(pruning__rule=rule)
 
 
+@pytest.mark.parametrize("changes", [
+    dict(branching__tau_abs=0.0, branching__tau_rel=2.0, pruning__tau_ed=0.0),  # all fork, none is pruned: what `launch.bench` times
+    dict(branching__share=((0, 0.0),)), dict(branching__share=((0, 1.0), (5, 0.1))), dict(pruning__tau_ed=0.126, pruning__windows=(4, 8)),
+    dict(sampler__slots=1, branching__rule="stochastic"), dict(pruning__tau_ed=0.01, branching__rule="stochastic"),
+])  # fmt: skip
+def test_growth_that_someone_may_want(changes, data):
+    functions.check_growth(config := small(data, **changes))
+    C.check(config)
+
+
 @pytest.mark.parametrize("changes, shards, message", [
     (dict(sampler__slots=0), 1, "sampler.slots=0 cannot work; set it to 1 or more."),
     (dict(task__name="chess"), 1, f"task.name='chess' is unknown; known are {', '.join(tasks.NAMES)}."),
@@ -362,8 +372,22 @@ def survival(rule="balance", **changes):
     (survival(rho=1.5), 1, "pruning.rho=1.5 cannot work; set it to a number from 0 to 1."),
     (survival(kappa=0.0), 1, "pruning.kappa=0.0 cannot work; set it to a number above 0, at most 1."),
     (dict(pruning__windows=(4, 60)), 1,
-     "pruning.windows=(4, 60) must be lengths from 1 to sampler.answer_length=16; "
+     "pruning.windows=(4, 60) must be lengths up to sampler.answer_length=16, one of them below it; "
      "shorten them, or set pruning.rule=none."),
+    (dict(pruning__windows=(16,)), 1,
+     "pruning.windows=(16,) must be lengths up to sampler.answer_length=16, one of them below it; shorten them, or set pruning.rule=none."),
+    (dict(pruning__tau_ed=0.125, pruning__windows=(4, 8)), 1,
+     "pruning.tau_ed=0.125 prunes nothing: a fork differs in its first token, 1 of at most 8 of pruning.windows; set it above 0.125, "
+     "add a longer window, or set pruning.rule=none."),
+    (dict(branching__share=((0, 0.1), (5, 0.15))), 1,
+     "branching.share=0.15 of sampler.slots=8 is less than 2 lines, so that none has a slot to fork into; raise either, or set "
+     "branching.rule=stochastic."),
+    (dict(sampler__slots=1), 1,
+     "branching.share=1.0 of sampler.slots=1 is less than 2 lines, so that none has a slot to fork into; raise either, or set "
+     "branching.rule=stochastic."),
+    (dict(branching__tau_abs=1.5), 1, "branching.tau_abs=1.5 cannot work; set it to a number from 0 to below 1."),
+    (dict(branching__tau_rel=0.0), 1, "branching.tau_rel=0.0 cannot work; set it to a number above 0."),
+    (dict(pruning__tau_ed=1.5), 1, "pruning.tau_ed=1.5 cannot work; set it to a number from 0 to 1."),
     (dict(learner__aggregation="magic"), 1, "learner.aggregation='magic' is unknown; known are constant, sequence, token."),
     (dict(learner__objective="magic"), 1, "learner.objective='magic' is unknown; known are cispo, gspo, ppo."),
     (dict(learner__kl_estimate="k4"), 1, "learner.kl_estimate='k4' is unknown; known are k1, k2, k3."),
@@ -432,7 +456,7 @@ class Quick(Experiment):
 def quick(monkeypatch, data, tmp_path):
     """quick(**changes) trains in tmp_path/run."""
     monkeypatch.setattr(train, "Experiment", Quick)
-    monkeypatch.setattr(train, "example_trees", lambda *_: ([], []))
+    monkeypatch.setattr(train, "example_trees", lambda *_: [])
     monkeypatch.setattr(report, "write_report", lambda *_: None)
     return lambda **changes: train.train(small(data, **changes), str(tmp_path / "run"), progress=False)
 
@@ -483,7 +507,7 @@ sys.path.insert(0, "tests")
 import input_test
 from launch import entry, train as launched
 from treerl import report, train
-train.Experiment, train.example_trees, report.write_report = input_test.Quick, lambda *_: ([], []), lambda *_: None
+train.Experiment, train.example_trees, report.write_report = input_test.Quick, lambda *_: [], lambda *_: None
 limit = lambda number: number == 7 and resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 input_test.Quick.before_step = staticmethod(limit)
 entry.run(launched.main)
@@ -549,7 +573,7 @@ def finished(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Experiment", Quick)
-        patch.setattr(train, "example_trees", lambda *_: ([], []))
+        patch.setattr(train, "example_trees", lambda *_: [])
         patch.setattr(report, "write_report", lambda *_: None)
         train.train(small(data, steps=4), str(workdir), progress=False)
     return workdir

@@ -217,7 +217,7 @@ def test_ruff_has_nothing_to_say(command):
     assert ruff.returncode == 0, ruff.stdout + ruff.stderr
 
 
-TYPED = "config countdown draw files gguf masked metrics report tree".split()  # files whose tests hand over nothing wrong but on purpose
+TYPED = "config countdown draw files gguf masked metrics report tree why".split()  # whose tests hand over nothing wrong but on purpose
 
 
 @pytest.mark.slow

@@ -18,9 +18,10 @@ from host_test import tiny
 from ml_collections import ConfigDict
 from train_test import environment, kill, wait_until
 
-from treerl import metrics, profiling
+from treerl import metrics, profiling, warm_start
 from treerl.errors import UserError
 from treerl.experiment import load
+from treerl.train import begin_run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS, EVERY = 8, 3  # steps of a run, and between checkpoints
@@ -209,6 +210,16 @@ def test_a_run_of_adapters_on_a_published_model_resumes(runs):
 
 
 # --- memory --------------------------------------------------------------------------------------
+
+
+def test_a_run_begins_with_all_scores_of_the_warm_start_s_best_evaluation(tmp_path, monkeypatch):
+    scores = [{"pass@1": 0.25, "heldout/exact": 0.5}, {"pass@1": 0.5, "heldout/exact": 0.75}, {"pass@1": 0.5, "heldout/exact": 1.0}]
+    curve = [dict(step=10 * i, loss=1.0, **own) for i, own in enumerate(scores)]
+    monkeypatch.setattr(warm_start, "warm_start", lambda *_: ("state", curve))
+    begin = lambda: begin_run(SimpleNamespace(evaluate=lambda state: {"pass@1": 0.125}), str(tmp_path), False, None)
+    assert begin() == ("state", dict(before=scores[1])) and metrics.read(tmp_path / "warm_start.jsonl") == curve
+    curve.clear()
+    assert begin() == ("state", dict(before={"pass@1": 0.125}))
 
 
 def test_the_memory_of_programs_is_the_greediest_ones():

@@ -242,7 +242,7 @@ def test_two_processes_tell_the_story_of_one(whole):
         assert last_line(folder, f"two.{i}.log").startswith(f"SIGTERM: stopped after step {done} of 6; two/checkpoints holds")
     runs, _ = start(folder, "two", 1, 4)
     status, output = end(runs)
-    assert status == [0] and json.loads(output[0].splitlines()[-1]) | {"train_seconds": 0} == summary | {"train_seconds": 0}
+    assert status == [0] and json.loads(output[0].splitlines()[-1]) | {"wall_seconds": 0} == summary | {"wall_seconds": 0}
     assert_close(story(folder / "two"), story(folder / "one"))
     assert story(folder / "two", "samples.jsonl") == story(folder / "one", "samples.jsonl")
 
@@ -256,7 +256,7 @@ def test_two_processes_write_the_files_of_one(whole):
     runs, _ = start(folder, "end", 2, 2)
     status, output = end(runs)
     assert status == [0, 0], (folder / "end.0.log").read_text()[-3000:]
-    assert json.loads(output[0].splitlines()[-1]) | {"train_seconds": 0} == summary | {"train_seconds": 0}
+    assert json.loads(output[0].splitlines()[-1]) | {"wall_seconds": 0} == summary | {"wall_seconds": 0}
     assert "{" not in output[1] and (folder / "end.1.log").read_text() == ""
     assert_close(story(folder / "end"), story(folder / "one"))
     assert story(folder / "end", "samples.jsonl") == story(folder / "one", "samples.jsonl")

@@ -1,12 +1,15 @@
 import functools
 import json
 import re
+import subprocess
 import xml.etree.ElementTree
 from fnmatch import fnmatch
 
 import jax
 import numpy as np
 import pytest
+from draw_test import BROWSER, needs_browser
+from matplotlib import image
 from sharding_test import Tiny, one_device
 
 from treerl import report, step as S
@@ -121,6 +124,20 @@ def test_report_is_self_contained_and_repeatable(tmp_path):
     assert pages[0] == pages[1]
     assert "src=" not in pages[0] and 'href="http' not in pages[0] and "@import" not in pages[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.html", "1.html"]
+
+
+@needs_browser
+def test_charts_are_dark_where_the_page_is(tmp_path):
+    page = write(tmp_path / "report.html", history=[{"step": i, "reward": i / 7, "loss": -i} for i in range(40)])
+    assert len(drawn(page)) == 1
+    for scheme, name, paper in ((0, "dark", (21, 23, 26)), (1, "light", (255, 255, 255))):
+        flags = [f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={tmp_path / name}.png", "--window-size=1100,500"]
+        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", *flags, (tmp_path / "report.html").as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        pixels = 255 * image.imread(tmp_path / f"{name}.png")[..., :3]
+        assert (np.abs(pixels - paper).max(axis=-1) < 2).mean() > 0.9, name  # no panel of another colour
+        assert (np.abs(pixels.mean(axis=-1) - np.mean(paper)) > 180).mean() > 0.003, name  # text and axes
+        assert (pixels.max(axis=-1) < paper[0] - 5).mean() < 1e-4 or name == "light", name  # nothing black on dark
 
 
 def test_a_run_tells_how_far_it_is_and_how_fast(tmp_path):

@@ -193,7 +193,7 @@ def test_a_killed_run_ends_with_the_same_state(runs, best):
     _, whole, wanted = load(str(runs["folder"] / "whole"), best=best)
     assert step == wanted and (best or step == STEPS)
     jax.tree.map(np.testing.assert_array_equal, killed, whole)
-    assert runs["summary"] | {"train_seconds": 0} == runs["whole"] | {"train_seconds": 0}
+    assert runs["summary"] | {"wall_seconds": 0} == runs["whole"] | {"wall_seconds": 0}
 
 
 def test_the_numbers_are_worth_comparing(runs):
@@ -271,9 +271,9 @@ def test_summary(runs):
     """The last line on standard output, after a run that took two processes."""
     summary, last = runs["summary"], story(runs["folder"] / "killed")[-1]
     assert set(summary) == {
-        "steps", "train_seconds", "pass@1_before", "pass@1_after", "pass@3_before", "pass@3_after",
+        "steps", "wall_seconds", "pass@1_before", "pass@1_after", "pass@3_before", "pass@3_after",
     }  # fmt: skip
-    assert summary["steps"] == STEPS and summary["train_seconds"] > 0
+    assert summary["steps"] == STEPS and summary["wall_seconds"] > 0
     assert (summary["pass@1_after"], summary["pass@3_after"]) == (last["pass@1"], last["pass@3"])
     assert 0 <= summary["pass@1_before"] <= summary["pass@3_before"] <= 1
 
@@ -393,7 +393,7 @@ def test_a_warm_start_goes_on_after_a_signal(runs):
             f"{number.name}: stopped in the warm start after update [0-9]+, which is saved; the same command goes on from "
             "there.", log.read_text().splitlines()[-1],
         )  # fmt: skip
-    assert finish(start(folder, "early"), log) | {"train_seconds": 0} == runs["whole"] | {"train_seconds": 0}
+    assert finish(start(folder, "early"), log) | {"wall_seconds": 0} == runs["whole"] | {"wall_seconds": 0}
     assert story(folder / "early") == story(folder / "whole")
     assert not (folder / "early" / "warm_start").exists()
 

@@ -115,7 +115,7 @@ def default() -> ConfigDict:
         dict(
             rule="lookahead",  # stochastic, lookahead: see treerl.branching
             tau_abs=0.05,  # a candidate is likelier than this ...
-            tau_rel=0.8,  # ... and at most this less likely than the likeliest
+            tau_rel=0.8,  # ... and less than this less likely than the likeliest; above 1: however unlikely
             max_children=3,  # a fork starts at most so many lines
             share=((0, 1.0),),  # (from step, share of the slots that grow by forks) ...
             fill_after=6,  # iterations, then empty slots start from the prompt
@@ -129,7 +129,7 @@ def default() -> ConfigDict:
         dict(
             rule="similarity",  # none, similarity, or survival at the detection length: arrol, arrol_group, balance, random
             windows=(4, 6),  # similarity: compare a child with its parent after so many tokens
-            tau_ed=0.3,  # similarity: prune below this edit distance a token
+            tau_ed=0.3,  # similarity: prune below this edit distance a token; 0: nothing
             detection=4,  # survival rules: tokens that a line must have to be scored; the review of all lines comes when
             #               the latest starts (branching.fill_after) can have them, at the end of a sampler.segment
             kappa=0.5,  # share of the lines of that length that survive; 1: all
@@ -285,18 +285,17 @@ RULES = (
         evaluation.every evaluation.examples evaluation.samples evaluation.batch
         pruning.detection quality.inner quality.epochs quality.bins text.workers"""),
     ("0 or more", lambda x: x >= 0, """
-        seed steps branching.tau_abs branching.tau_rel branching.fill_after pruning.tau_ed
-        pruning.columns pruning.warmup_steps quality.learning_rate quality.smoothing
+        seed steps branching.fill_after pruning.columns pruning.warmup_steps quality.learning_rate quality.smoothing
         samples_every checkpoint_keep_every model.lora_rank learner.clip_low learner.clip_high learner.kl learner.max_skipped learner.overlong_buffer
         optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay
         warm_start.steps warm_start.learning_rate text.threshold environment.horizon environment.window
         environment.invalid_penalty"""),
     ("a number above 0", lambda x: x > 0, """
-        model.rope_theta model.lora_alpha sampler.temperature optimizer.clip_norm learner.importance_cap text.seconds"""),
+        model.rope_theta model.lora_alpha sampler.temperature branching.tau_rel optimizer.clip_norm learner.importance_cap text.seconds"""),
     ("a number above 0, at most 1", lambda x: 0 < x <= 1, "sampler.top_p optimizer.ess_base pruning.kappa quality.decay"),
-    ("a number from 0 to 1", lambda x: 0 <= x <= 1, "pruning.rho"),
+    ("a number from 0 to 1", lambda x: 0 <= x <= 1, "pruning.rho pruning.tau_ed"),
     ("0, or a number above 1", lambda x: x == 0 or x > 1, "learner.dual_clip"),
-    ("a number from 0 to below 1", lambda x: 0 <= x < 1, "optimizer.b1 optimizer.b2"),
+    ("a number from 0 to below 1", lambda x: 0 <= x < 1, "branching.tau_abs optimizer.b1 optimizer.b2"),
     ("float32, bfloat16 or float16", ("float32", "bfloat16", "float16").__contains__, "model.dtype model.param_dtype optimizer.moment_dtype"),
     ("float32, bfloat16, float16 or ''", ("float32", "bfloat16", "float16", "").__contains__, "sampler.pool_dtype"),
     ("int8 or ''", ("int8", "").__contains__, "sampler.weight_dtype"),

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from treerl import draw, learner, masked, profiling, prompts as P, rewards, sharding, step as S, tasks, tree as T
 from treerl.checkpoint import Checkpoints, abstract
 from treerl.config import check
+from treerl.draw import why
 from treerl.errors import UserError
 from treerl.evaluate import majority_vote, pass_at_k, weighted_vote
 from treerl.graders import FAULTS
@@ -33,6 +34,8 @@ class Grown(NamedTuple):
     prompt: np.ndarray  # [B, P] int32, as the policy read it: in an environment, with the first observation
     length: np.ndarray  # [B] int32, of the prompt
     candidates: tuple | None = None  # what was likeliest in each cell, see `learner.cell_candidates`
+    chance: np.ndarray | None = None  # [B, K] float32, of a right answer, by which a review of `pruning.survival` chose lines
+    knobs: dict | None = None  # the numbers they were grown by, and `share` at their step
 
 
 class Experiment:
@@ -290,10 +293,13 @@ class Experiment:
         found = self._credit(state, sampled, graded, numbers)
         stats, read = sampled.stats, sampled.prompts
         more = self._candidates(state, sampled, numbers) if candidates and sampled.contexts is None else None
+        chance = sampled.seen.record.posterior if self.fns.quality is not None else None
         every = self._gather(
-            Grown(sampled.tree, graded.reward, found, stats.forks, stats.restarts, stats.pruned, read.token, read.length, more)
+            Grown(sampled.tree, graded.reward, found, stats.forks, stats.restarts, stats.pruned, read.token, read.length, more, chance)
         )
-        return jax.tree.map(lambda x: x[: len(examples)], jax.device_get(every))
+        every, used = jax.device_get((every, numbers))
+        used["share"] = used["share"][np.sum(used["share_from"] <= step) - 1]
+        return jax.tree.map(lambda x: x[: len(examples)], every)._replace(knobs=used)
 
     def export(self, state, folder: str, *, dtype: str | None = None) -> None:
         """Writes the policy as a model in Hugging Face's format, adapters merged; see `weights.save`."""
@@ -333,7 +339,30 @@ class Experiment:
             for s, k in zip(*np.nonzero(chances[..., 0] > 0)):
                 above = None if s == 0 else (int(s) - 1, int(tree.parent[s, k]))
                 possible[above] = list(zip(tokens[s, k].tolist(), chances[s, k].tolist()))
-        return draw.explore_tree(tree, decode, prompt=self.read_text(grown, i), candidates=possible, **view, **more)
+        known = dict(stops=self._stops(tree, grown, i), refusals=self._refusals(tree, grown, i, possible))
+        return draw.explore_tree(tree, decode, prompt=self.read_text(grown, i), candidates=possible, **view, **known | more)
+
+    def _stops(self, tree: T.Tree, grown: Grown, i: int) -> dict:
+        """Why lines of tree i were pruned, where that is known: (row, column) -> words."""
+        b, p, given = self.config.branching, self.config.pruning, grown.knobs
+        if grown.chance is not None:
+            ends = zip(*np.nonzero(tree.used & (tree.end == T.DROPPED)))
+            return {(int(s), int(k)): f"dropped at detection, chance of a right answer {grown.chance[i, k]:.2f}" for s, k in ends}
+        if (b.rule, p.rule) != ("lookahead", "similarity") or self.fns.environment is not None:
+            return {}
+        return why.similar(tree, windows=tuple(p.windows), tau_ed=float(given["tau_ed"]), eos=given["eos"])
+
+    def _refusals(self, tree: T.Tree, grown: Grown, i: int, possible: dict) -> dict:
+        """Why likely tokens of tree i were not taken, where that is known: as `why.not_taken`."""
+        b, given = self.config.branching, grown.knobs
+        turns = self.fns.environment is not None and b.at == "turn"
+        known = b.rule == "lookahead" and self.config.pruning.rule in ("none", "similarity") and not turns
+        if not known or given["temperature"] != 1:
+            return {}
+        return why.not_taken(
+            tree, possible, tau_abs=float(given["tau_abs"]), tau_rel=float(given["tau_rel"]), max_children=b.max_children,
+            forks=round(float(given["share"] * np.float32(tree.token.shape[1]))) > 0, whole=not grown.restarts[i],
+        )  # fmt: skip
 
     def _view(self, grown: Grown, i: int):
         """What pictures of tree i take: it, how to read tokens, and keyword arguments."""

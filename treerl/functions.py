@@ -165,6 +165,29 @@ def check_combinations(config, advantage: Advantage) -> None:
         )
 
 
+def check_growth(config) -> None:
+    """Raises UserError for numbers by which no line could ever fork, or none be pruned for its similarity."""
+    b, p, s = config.branching, config.pruning, config.sampler
+    windows, similar, looks = tuple(p.windows), p.rule == "similarity", b.rule == "lookahead"
+    if similar and (not windows or min(windows) == s.answer_length or max(windows) > s.answer_length):  # a line that long has ended
+        raise UserError(
+            f"pruning.windows={windows} must be lengths up to sampler.answer_length={s.answer_length}, one of them below it; "
+            "shorten them, or set pruning.rule=none."
+        )
+    if looks and similar and 0 < p.tau_ed * max(windows) <= 1:
+        raise UserError(
+            f"pruning.tau_ed={p.tau_ed!r} prunes nothing: a fork differs in its first token, 1 of at most {max(windows)} of "
+            f"pruning.windows; set it above {1 / max(windows):.3g}, add a longer window, or set pruning.rule=none."
+        )
+    share = max(share for _, share in b.share)
+    frees = p.rule not in {"none", "similarity", *survival.RULES}  # a rule of one's own may, before the last fork
+    if looks and not frees and share and round(share * s.slots) < 2:
+        raise UserError(
+            f"branching.share={share!r} of sampler.slots={s.slots} is less than 2 lines, so that none has a slot to fork into; "
+            "raise either, or set branching.rule=stochastic."
+        )
+
+
 def make_window(config, environment: Environment | None) -> int | None:
     """Turns that an agent with a short memory reads; None for the whole history. Raises UserError for what needs a shared prefix."""
     e, b, p = config.environment, config.branching, config.pruning
@@ -292,11 +315,7 @@ def make_fns(config, task: Task, mesh: Mesh, *, optimizer=None, folder: str | No
     """
     s, l, b, p = config.sampler, config.learner, config.branching, config.pruning
     windows = tuple(p.windows)
-    if p.rule == "similarity" and (not windows or not 1 <= min(windows) <= max(windows) <= s.answer_length):
-        raise UserError(
-            f"pruning.windows={windows} must be lengths from 1 to sampler.answer_length={s.answer_length}; "
-            "shorten them, or set pruning.rule=none."
-        )
+    check_growth(config)
     forks = b.rule != "stochastic"
     budget = s.answer_length + (b.fill_after + 1 if forks else 0)
     model = make_model(config.model, task, folder, mesh)

@@ -96,22 +96,32 @@ def read(path) -> list[dict]:
     Raises:
       UserError: a line before the last is no JSON, or any is no object with a "step".
     """
+    return read_whole(path)[0]
+
+
+def read_whole(path) -> tuple[list[dict], bool]:
+    """The same, and whether the last line was cut short."""
     text = epath.Path(path).read_bytes().decode("utf-8", errors="replace")
     lines = text.rstrip().split("\n")
-    parsed = []
+    parsed, cut = [], False
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
         except ValueError:
-            if number == len(lines):  # cut short
+            if cut := number == len(lines):
                 break
             value = None
         if not isinstance(value, dict) or "step" not in value:
             raise UserError(f'{path} line {number} is no JSON object with a "step"; remove that line or use a new workdir.')
         parsed.append(value)
-    return parsed
+    return parsed, cut
+
+
+def best(lines: list[dict]) -> dict | None:
+    """The line of the highest pass@1, first of equals; None without any."""
+    return max((line for line in lines if line.get("pass@1") is not None), key=lambda line: line["pass@1"], default=None)
 
 
 def _dump(line: dict) -> str:

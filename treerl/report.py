@@ -51,18 +51,15 @@ _PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <title>{title}</title>
 <style>
+:root {{ color-scheme: light dark; --paper: #fff; --ink: #222; --line: #ddd; --panel: #f6f6f6; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --paper: #15171a; --ink: #ddd; --line: #444; --panel: #22252a; }} }}
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem;
-  color: #222; background: #fff; }}
+  color: var(--ink); background: var(--paper); }}
 table {{ border-collapse: collapse; }}
-th, td {{ padding: .2rem 1rem; border-bottom: 1px solid #ddd; text-align: right; }}
+th, td {{ padding: .2rem 1rem; border-bottom: 1px solid var(--line); text-align: right; }}
 th:first-child, td:first-child {{ text-align: left; }}
-pre {{ font-size: 13px; line-height: 1.3; overflow-x: auto; background: #f6f6f6; padding: 1rem; }}
-svg {{ max-width: 100%; height: auto; }}
-@media (prefers-color-scheme: dark) {{
-  body {{ color: #ddd; background: #15171a; }}
-  pre {{ background: #22252a; }}
-  th, td {{ border-color: #444; }}
-}}
+pre {{ font-size: 13px; line-height: 1.3; overflow-x: auto; background: var(--panel); padding: 1rem; }}
+svg {{ max-width: 100%; height: auto; fill: var(--ink); }}
 </style>
 </head>
 <body>
@@ -120,9 +117,8 @@ def read_run(workdir: epath.PathLike) -> Run:
         path = here / name
         if not path.exists():
             return []
-        text = path.read_text().rstrip()
-        found = metrics.read(path)
-        if len(found) < sum(bool(line.strip()) for line in text.split("\n")):
+        found, cut = metrics.read_whole(path)
+        if cut:
             notes.append(f"The last line of {name} is cut short and left out.")
         return found
 
@@ -194,7 +190,8 @@ def _config(name: str, fields: dict) -> str:
 _LEGEND = """<p>Each tree is an answer's tokens from left to right, a line for every answer, which ends in its reward and the advantage A of its last
 token; ▮ is the end. A square was forced by the branching rule: a likely token that a line did not draw and a free slot took up. Lines are as
 thick as their tokens were probable. Grey, dashed tokens have no answer below them and say why: "similar" lines stayed within pruning.tau_ed edits
-a token of the line that they had forked from. Lines that begin at the prompt are samples of their own and are not compared. Click a token.</p>
+a token of the line that they had forked from. Lines that begin at the prompt are samples of their own and are not compared. Click a token: for
+what else was likely there and why no line took it, and at the end of a grey line for which line it repeated.</p>
 """
 
 
@@ -244,9 +241,7 @@ def _warm_start(runs: list[Run]) -> str:
     """Which of the measured states training started from: the best."""
     told = []
     for run in runs:
-        points = [line for line in run.warmup if line.get("pass@1") is not None]
-        if points:
-            best = max(points, key=lambda line: line["pass@1"])
+        if best := metrics.best(run.warmup):
             told.append(f"{run.name} goes on from update {best['step']}, the best by pass@1 ({_number(best['pass@1'])}).")
     return "".join(f"<p>{html.escape(text)}</p>\n" for text in told)
 
@@ -267,7 +262,8 @@ def _facts(runs: list[Run]) -> str:
             _number(np.median(rate or [np.nan])), str(last.get("devices", "—")), (versions or "—") + more,
         ])  # fmt: skip
     return _rows(
-        ["", "steps", "tokens sampled", "seconds", "seconds a step (median)", "tokens a second (median)", "devices", "versions"], rows
+        ["", "steps", "tokens sampled", "seconds of steps", "seconds a step (median)", "tokens a second (median)", "devices", "versions"],
+        rows,
     )
 
 
@@ -326,7 +322,7 @@ def _curves(histories: dict[str, list[list[dict]]], by_tokens: bool = False) -> 
             axis.set_visible(False)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
+    svg = text.getvalue().replace("#000000", "var(--ink)").replace("#ffffff", "var(--paper)")  # of the page, by its reader's colours
     return svg[svg.index("<svg") :]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from treerl import events, masked, metrics, processes, profiling, prompts as P, report, warm_start
+from treerl import events, metrics, processes, profiling, prompts as P, report, warm_start
 from treerl.checkpoint import Checkpoints
 from treerl.config import fields
 from treerl.errors import UserError, writing
@@ -65,7 +65,8 @@ def train(
     is cut short and done again, and so is a step whose answers are still being graded on the host.
 
     Returns:
-      The summary: steps, train_seconds, and pass@1 and the largest pass@k before and after.
+      The summary: steps, wall_seconds (of all processes of the run, each from its start to its last checkpoint), and pass@1 and the
+      largest pass@k before and after.
 
     Raises:
       Interrupted: by a signal, after saving. Diverged: too many updates in a row were skipped.
@@ -122,7 +123,7 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, watch, sig
             run.show_trees()
         after = run.extra.get("after", run.extra["before"])
         top = f"pass@{config.evaluation.samples}"
-        summary = dict(steps=config.steps, train_seconds=round(run.extra["seconds"], 1))
+        summary = dict(steps=config.steps, wall_seconds=round(run.extra["seconds"], 1))
         for name in ("pass@1", top):
             summary |= {f"{name}_before": run.extra["before"][name], f"{name}_after": after[name]}
         if processes.is_first():
@@ -152,7 +153,9 @@ def begin_run(experiment: Experiment, workdir: str, progress: bool, signals: Sig
             for line in curve:
                 lines.append(line)
                 event_file.write(line["step"], {f"warm_start/{k}": v for k, v in line.items() if k != "step"})
-    return state, dict(before=warm_start.best_of(curve) or experiment.evaluate(state))
+    best = metrics.best(curve)
+    scores = experiment.evaluate(state) if best is None else {k: v for k, v in best.items() if k not in ("step", "loss")}
+    return state, dict(before=scores)
 
 
 class Run:
@@ -274,8 +277,7 @@ class Run:
         """Trees of the same held-out examples before the first step and after the last, for the report; all processes grow them."""
         if first and self.done:
             return
-        picks, trees = example_trees(self.experiment, self.state, self.extra.get("shown"))
-        self.extra["shown"] = picks
+        trees = example_trees(self.experiment, self.state)
         for line in trees if processes.is_first() else ():
             self._trees.append(dict(step=self.done, **line))
 
@@ -295,30 +297,14 @@ def versions() -> dict:
     return found | dict(devices=f"{jax.device_count()} x {kind}", processes=jax.process_count())
 
 
-def example_trees(
-    experiment: Experiment, state, picks: list[int] | None = None, count: int = 16, shown: int = 4
-) -> tuple[list[int], list[dict]]:
-    """Trees of some of the first `count` held-out examples: (which, [dict(index, caption, page, text)]).
-
-    Args:
-      picks: which; None: one each with contrast, forks, pruned lines, and without contrast.
-    """
+def example_trees(experiment: Experiment, state, count: int = 4) -> list[dict]:
+    """Trees of the first held-out examples: dicts of index, caption, page and text."""
     heldout = experiment.task.heldout
-    examples = [heldout[i] for i in range(min(count, len(heldout)))]
-    grown = experiment.grow(state, examples, step=int(state.step), candidates=True)
-    valid = grown.tree.leaf[..., 0] >= 0
+    grown = experiment.grow(state, [heldout[i] for i in range(min(count, len(heldout)))], step=int(state.step), candidates=True)
+    valid, trees = grown.tree.leaf[..., 0] >= 0, []
     right = np.sum(valid & (grown.reward > experiment.task.right), axis=1)
-    if picks is None:
-        mean = masked.mean(grown.reward, valid, axis=1)
-        contrast = masked.total((grown.reward - mean[:, None]) ** 2, valid, axis=1)
-        busy = (grown.forks + grown.pruned) / (1 + np.max(grown.forks + grown.pruned))  # decides among equals
-        earns, picks = 1e6 * (contrast > 0), []
-        for score in (contrast, grown.forks + earns, grown.pruned + earns, -contrast)[:shown]:
-            ranked = np.argsort(-(score + busy), kind="stable")
-            picks += [i for i in ranked.tolist() if i not in picks][:1]
-    trees = []
-    for i in picks:
+    for i in range(len(valid)):
         caption = f"{right[i]} of {valid[i].sum()} leaves right; forks: {grown.forks[i]}; fresh starts: {grown.restarts[i]}; pruned: {grown.pruned[i]}."
         text = experiment.read_text(grown, i) + "\n" + experiment.tree_text(grown, i)
         trees.append(dict(index=i, caption=caption, page=str(experiment.tree_page(grown, i)), text=text))
-    return picks, trees
+    return trees

@@ -122,11 +122,3 @@ def warm_start(experiment: Experiment, workdir: str, progress: bool, signals: Si
                 save(number)
     state = state.replace(params=model.join(best, model.split(state.params)[1]))
     return restart(experiment.fns, experiment.shardings)(state), curve
-
-
-def best_of(curve: list[dict]) -> dict | None:
-    """The scores of the best evaluation of a warm start, first of equals; None without any."""
-    if not curve:
-        return None
-    best = max(curve, key=lambda line: line["pass@1"])
-    return {name: value for name, value in best.items() if "@" in name}

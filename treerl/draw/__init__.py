@@ -1,4 +1,4 @@
-"""Pictures of one tree: as indented text, its leaves as a table, as an SVG or PNG, and as a page to walk about in."""
+"""Pictures of one tree: as indented text, its leaves as a table, as an SVG or PNG, and as a page to walk about in; why.py: what they say of rules."""
 
 from treerl.draw.page import Page, explore_tree
 from treerl.draw.svg import Picture, draw_tree

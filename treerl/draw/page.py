@@ -26,7 +26,8 @@ class Page(str):
 
 
 def explore_tree(
-    tree, tokens_to_text, *, reward, advantage, right: float = 0.5, title: str = "", prompt: str = "", columns=None, candidates=None
+    tree, tokens_to_text, *, reward, advantage, right: float = 0.5, title: str = "", prompt: str = "", columns=None, candidates=None,
+    stops=None, refusals=None
 ) -> Page:  # fmt: skip
     """Draws one tree as an interactive page: `draw_tree`'s picture, to be coloured, searched and asked.
 
@@ -35,11 +36,12 @@ def explore_tree(
     answer up to it. Grey tokens have no leaf below, and say why. Thousands of tokens are shown without delay.
 
     Args:
-      tree, tokens_to_text, reward, advantage, right, title: see `draw_tree`.
+      tree, tokens_to_text, reward, advantage, right, title, stops: see `draw_tree`.
       prompt: text that the model read before the tree.
       columns: name -> [S, K] float, what else tokens can be coloured by; not finite where there is nothing to show.
       candidates: (row, column) of a token, or None for the prompt -> [(token, probability)], what the policy might have
         drawn next there; the tree knows only what was drawn.
+      refusals: the same places -> token -> why it was not taken, see `why.not_taken`.
 
     Raises:
       ValueError: reward, advantage or a column has another shape.
@@ -62,14 +64,16 @@ def explore_tree(
             total[index[cell]] += value
             cell = above[index[cell]]
     finite = lambda x, digits=4: round(float(x), digits) if np.isfinite(x) else None
-    fates, ends = [], []
+    fates, ends, stops, refusals = [], [], stops or {}, refusals or {}
     for i, cell in enumerate(index):
         fate = outcome(view, cell)
         leaf = cell in view.rewards
-        fates.append(fate if fate else "" if cell in kept else "its lines were pruned")
+        fates.append(f"pruned: {stops[cell]}" if cell in stops else fate or ("" if cell in kept else "its lines were pruned"))
         if fate:
             ends.append(dict(i=i, text=f"{fate} · A {view.advantage[cell]:+.2f}" if leaf else fate, leaf=leaf))
-    named = lambda pairs: [(tokens_to_text([int(token)]), finite(p), int(token)) for token, p in pairs]
+    named = lambda cell, pairs: [
+        (tokens_to_text([int(token)]), finite(p), int(token), refusals.get(cell, {}).get(token, "")) for token, p in pairs
+    ]
     lost = int(view.used.sum()) - len(index)
     data = dict(
         title=title or prompt, prompt=prompt, raw=_texts(view, index, above, tokens_to_text),
@@ -83,7 +87,7 @@ def explore_tree(
         ),
         columns={name: [finite(values[cell]) for cell in index] for name, values in columns.items()},
         candidates={
-            "prompt" if cell is None else index[cell]: named(pairs)
+            "prompt" if cell is None else index[cell]: named(cell, pairs)
             for cell, pairs in (candidates or {}).items() if cell is None or cell in index
         },
         ends=ends, lanes=1 + max([box.lane for box in boxes], default=0),

@@ -52,7 +52,7 @@ class Picture(str):
         epath.Path(path).write_bytes(bytes(resvg_py.svg_to_bytes(svg_string=str(self), zoom=scale)))
 
 
-def draw_tree(tree, tokens_to_text, *, reward, advantage, right: float = 0.5, title: str = "") -> Picture:
+def draw_tree(tree, tokens_to_text, *, reward, advantage, right: float = 0.5, title: str = "", stops=None) -> Picture:
     """Draws one tree as an SVG: depth from left to right, a box for every token, a lane for every line.
 
     Colour is advantage: blue above zero, orange below, as strong as in the largest of the tree. A
@@ -66,6 +66,7 @@ def draw_tree(tree, tokens_to_text, *, reward, advantage, right: float = 0.5, ti
     Args:
         tree, tokens_to_text, reward, advantage, right: as `format_tree` takes them.
         title: any text, such as the prompt's.
+        stops: (row, column) that a line ends in -> why it was pruned, see `why.similar`.
 
     Returns:
         The SVG element, well-formed XML.
@@ -90,7 +91,7 @@ def draw_tree(tree, tokens_to_text, *, reward, advantage, right: float = 0.5, ti
     for box in boxes:
         last, alive = box.cells[-1], box.cells[0] in kept
         edges.append(_edge(box, y, "edge" if alive else "edge gone"))
-        chips.append(_chip(box, y(box.lane), view, alive, top))
+        chips.append(_chip(box, y(box.lane), view, alive, top, (stops or {}).get(last, "")))
         ended = outcome(view, last)
         if ended:
             kind, x = "quiet", box.x + box.width + LABEL
@@ -132,7 +133,7 @@ def _edge(box: Box, y, kind: str) -> str:
     return f'<path class="{kind}" d="{path}"/>'
 
 
-def _chip(box: Box, y: float, view: View, alive: bool, top: float) -> str:
+def _chip(box: Box, y: float, view: View, alive: bool, top: float, stop: str) -> str:
     first, many = box.cells[0], len(box.cells) > 1
     credit = float(np.mean([float(view.advantage[cell]) for cell in box.cells]))
     fill, ink = _colours(credit / top if top else 0.0)
@@ -143,6 +144,7 @@ def _chip(box: Box, y: float, view: View, alive: bool, top: float) -> str:
         f"{box.text}\np {np.exp(float(view.logp_policy[first])):.3f}, A {credit:+.3f}, "
         f"entropy {float(view.entropy[first]):.3f}\n"
         f"row {first[0]}{f' to {box.cells[-1][0]}' if many else ''}, slot {first[1]}{', forced' if forced else ''}"
+        + (f"\npruned: {stop}" if stop else "")
     )
     place = f'x="{box.x:.1f}" y="{y - CHIP / 2:.1f}" width="{box.width:.1f}" height="{CHIP}"'
     style = f'fill="{ink}" text-anchor="middle"'
