@@ -63,7 +63,7 @@ def make_policy(
       mesh: of the parameters; None is one device, the default one.
       pool_dtype: of the keys and values of answers and prompts; None is that of the activations.
       weight_dtype: int8 reads the two largest weights, those of the MLP's gates and of the output, and their inputs,
-        rounded to 8 bits, with one scale a row; on a single GPU, where the sizes fit, see `products.narrow_product`.
+        rounded to 8 bits, with one scale a row; on GPUs, where the sizes fit, see `products.narrow_product`.
         None is the dtype of the activations.
 
     Local layers whose window is shorter than a prompt and its answer use the `dense` form: the
@@ -82,7 +82,7 @@ def make_policy(
         gates = [products.quantize(jnp.moveaxis(block_of(w).weight("gate_up"), 0, 2)) for w in layers]
         table = products.quantize(module.table()[None])
     elif weight_dtype is not None:
-        stay = "weight_dtype=%s needs one GPU and sizes that its kernel takes; weights stay %s."
+        stay = "weight_dtype=%s needs GPUs, mesh.tensor=1 and sizes that its kernel takes; weights stay %s."
         logging.log_first_n(logging.INFO, stay, 1, weight_dtype, config.dtype)
 
     def prefill(token, length):
