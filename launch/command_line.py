@@ -54,6 +54,5 @@ def _mistake(error: flags.Error) -> Exception:
     if dotted := re.match(r"flag --config\.([\w.]+)=.*does not accept dots", text):
         return UserError(f"{dotted[1]} has a name with a dot, which a config cannot hold; write package/module:function.")
     if field := re.match(r"flag --config\.([\w.]+)=(.*?): ", text):
-        if field[1] in dict(fields(default())):
-            return misfit(field[1], field[2].strip())
+        return misfit(field[1], field[2].strip())
     return UserError(" ".join(text.split()))

@@ -469,10 +469,10 @@ def test_a_browser_answers_clicks_searches_and_colours(tmp_path):
     assert "a fork into 2" in dom and cells[-9:] == [
         '"c"',
         "0.500",
-        "1 leaf, reward 1.000",
+        "drawn: 1 leaf, reward 1.000",
         '"d"',
         "0.250",
-        "1 leaf, reward 0.000",
+        "forced: 1 leaf, reward 0.000",
         '"q"',
         "0.125",
         "not taken",

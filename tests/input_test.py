@@ -68,7 +68,15 @@ def launch(entry: str, *flags: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("arg, flags, message", [
     ("", ["--config.sampler.slotz=3"], "sampler.slotz is no field of the config; did you mean sampler.slots?"),
     ("", ["--config.samplr.slots=3"], "samplr.slots is no field of the config; did you mean sampler.slots?"),
-    ("", ["--config.nonsense=3"], "nonsense is no field of the config; see treerl/config.py."),
+    ("", ["--config.nonsense=3"], "nonsense is no field of the config; --help_config lists them."),
+    ("", ["--config.learning_rate=3"], "learning_rate is no field of the config; did you mean optimizer.learning_rate or "
+     "quality.learning_rate or warm_start.learning_rate?"),
+    ("", ["--config.optimizer.lr=3"], "optimizer.lr is no field of the config; did you mean optimizer.learning_rate?"),
+    ("", ["--config.branching.tau=3"], "branching.tau is no field of the config; did you mean branching.tau_abs or branching.tau_rel?"),
+    ("", ["--config.optimizer.zzz=3"], "optimizer.zzz is no field of the config; --help_config lists them."),
+    ("", ["--config.advantage=grpo"],
+     "advantage=grpo sets a whole section; set a field of it, such as --config.advantage.name=VALUE."),
+    ("", ["--config.mesh=8"], "mesh=8 sets a whole section; set a field of it, such as --config.mesh.data=VALUE."),
     ("", ["--noconfig.remat"], "remat is no field of the config; did you mean learner.remat?"),
     ("", ["--config.sampler.slots=abc"], "sampler.slots=abc is no int; set one such as 8."),
     ("", ["--config.sampler.slots", "2.5"], "sampler.slots=2.5 is no int; set one such as 8."),

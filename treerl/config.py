@@ -184,7 +184,7 @@ def default() -> ConfigDict:
             reference=False,  # keep the reference policy for advantage.multipliers=ace even without a KL
             overlong_buffer=0,  # tokens before answer_length in which the reward falls by up to 1; 0: none
             vocab_chunk=1024,  # tokens whose logits exist at a time
-            remat="none",  # what the backward pass computes again to save memory: none, all but products, or whole layers
+            remat="none",  # what the backward pass computes again to save memory: none, products: all but these, layers: whole layers
             max_skipped=10,  # updates skipped in a row for a loss or gradient that is not finite; one more ends the run
         )
     )
@@ -251,8 +251,13 @@ def fields(config, prefix: str = ""):
 
 
 def misfit(name: str, text: str) -> UserError:
-    """What is said of a text that is no value of a field."""
-    like = dict(fields(default()))[name]
+    """What is said of a text that is no value of a field, or of a section."""
+    known = dict(fields(default()))
+    if name not in known:
+        inside = [field for field in known if field.startswith(f"{name}.")]
+        first = next((field for field in inside if field.rpartition(".")[2] in ("name", "rule")), inside[0])
+        return UserError(f"{name}={text} sets a whole section; set a field of it, such as --config.{first}=VALUE.")
+    like = known[name]
     if isinstance(like, ConfigDict):
         return UserError(f"{name}={text} is no dictionary; write it as --config.{name}=\"{{'NAME': VALUE}}\".")
     return UserError(f"{name}={text} is no {type(like).__name__}; set one such as {like!r}.")
@@ -351,10 +356,18 @@ def explain(config: ConfigDict) -> str:
 
 
 def unknown(name: str, known) -> UserError:
-    """The error for a field that is none, with its nearest neighbour."""
-    namesakes = [field for field in known if field.rpartition(".")[2] == name.rpartition(".")[2]]
-    near = difflib.get_close_matches(name, namesakes or known, n=1, cutoff=0 if namesakes else 0.6)
-    advice = f"did you mean {near[0]}?" if near else "see treerl/config.py."
+    """The error for a field that is none, with the fields that may have been meant."""
+    section, _, word = name.rpartition(".")
+    last = lambda field: field.rpartition(".")[2]
+    namesakes = [field for field in known if last(field) == word]
+    if section:  # in another section: the one of the nearest name
+        namesakes = difflib.get_close_matches(name, namesakes, n=1, cutoff=0)
+    beside = [field for field in known if field.rpartition(".")[0] == section] if section else list(known)
+    initials = lambda field: "".join(part[:1] for part in last(field).split("_"))
+    alike = [field for field in beside if len(word) > 1 and (word in last(field) or initials(field) == word)]
+    close = difflib.get_close_matches(word, map(last, beside), n=1)
+    near = namesakes or alike or [field for field in beside if last(field) in close]
+    advice = f"did you mean {' or '.join(near[:3])}?" if near else "--help_config lists them."
     return UserError(f"{name} is no field of the config; {advice}")
 
 

@@ -339,10 +339,10 @@ class Experiment:
             for s, k in zip(*np.nonzero(chances[..., 0] > 0)):
                 above = None if s == 0 else (int(s) - 1, int(tree.parent[s, k]))
                 possible[above] = list(zip(tokens[s, k].tolist(), chances[s, k].tolist()))
-        known = dict(stops=self._stops(tree, grown, i), refusals=self._refusals(tree, grown, i, possible))
+        known = dict(stops=self._stops(tree, grown, i, decode), refusals=self._refusals(tree, grown, i, possible))
         return draw.explore_tree(tree, decode, prompt=self.read_text(grown, i), candidates=possible, **view, **known | more)
 
-    def _stops(self, tree: T.Tree, grown: Grown, i: int) -> dict:
+    def _stops(self, tree: T.Tree, grown: Grown, i: int, read) -> dict:
         """Why lines of tree i were pruned, where that is known: (row, column) -> words."""
         b, p, given = self.config.branching, self.config.pruning, grown.knobs
         if grown.chance is not None:
@@ -350,7 +350,7 @@ class Experiment:
             return {(int(s), int(k)): f"dropped at detection, chance of a right answer {grown.chance[i, k]:.2f}" for s, k in ends}
         if (b.rule, p.rule) != ("lookahead", "similarity") or self.fns.environment is not None:
             return {}
-        return why.similar(tree, windows=tuple(p.windows), tau_ed=float(given["tau_ed"]), eos=given["eos"])
+        return why.similar(tree, windows=tuple(p.windows), tau_ed=float(given["tau_ed"]), eos=given["eos"], read=read)
 
     def _refusals(self, tree: T.Tree, grown: Grown, i: int, possible: dict) -> dict:
         """Why likely tokens of tree i were not taken, where that is known: as `why.not_taken`."""

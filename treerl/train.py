@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from treerl import events, metrics, processes, profiling, prompts as P, report, warm_start
+from treerl import events, metrics, processes, profiling, prompts as P, report, tree as T, warm_start
 from treerl.checkpoint import Checkpoints
 from treerl.config import fields
 from treerl.errors import UserError, writing
@@ -304,7 +304,9 @@ def example_trees(experiment: Experiment, state, count: int = 4) -> list[dict]:
     valid, trees = grown.tree.leaf[..., 0] >= 0, []
     right = np.sum(valid & (grown.reward > experiment.task.right), axis=1)
     for i in range(len(valid)):
-        caption = f"{right[i]} of {valid[i].sum()} leaves right; forks: {grown.forks[i]}; fresh starts: {grown.restarts[i]}; pruned: {grown.pruned[i]}."
+        gone = grown.pruned[i] - np.sum(grown.tree.used[i] & (grown.tree.end[i] >= T.PRUNED))  # new lines stand in their place
+        caption = f"{right[i]} of {valid[i].sum()} leaves right; forks: {grown.forks[i]}; fresh starts: {grown.restarts[i]}; pruned: {grown.pruned[i]}"
+        caption += f", {gone} of them overwritten by lines that came later." if gone > 0 else "."
         text = experiment.read_text(grown, i) + "\n" + experiment.tree_text(grown, i)
         trees.append(dict(index=i, caption=caption, page=str(experiment.tree_page(grown, i)), text=text))
     return trees

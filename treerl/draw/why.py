@@ -35,11 +35,12 @@ def edits(a, b) -> int:
     return line[-1]
 
 
-def similar(tree, *, windows: tuple[int, ...], tau_ed: float, eos) -> dict[Cell, str]:
+def similar(tree, *, windows: tuple[int, ...], tau_ed: float, eos, read=None) -> dict[Cell, str]:
     """Why `pruning.similarity` stopped the lines of one tree of text: the cell that a line ends in -> words.
 
     Args:
       tree: numpy, unbatched, without an environment. windows, tau_ed: the rule's own. eos: tokens that end a line.
+      read: token ids -> text, by which the other line is quoted, too.
     """
     token, parent, last, eos = tree.token, tree.parent, tree.token.shape[0] - 1, np.asarray(eos).tolist()
     over = lambda row, column: row == last or token[row, column] in eos  # so that the line ran no more
@@ -54,8 +55,9 @@ def similar(tree, *, windows: tuple[int, ...], tau_ed: float, eos) -> dict[Cell,
         if not (_grew(tree, first, column) and _grew(tree, begin, slot)):
             return ""
         found, bar = edits(*token[first : row + 1, [column, slot]].T.tolist()), np.float32(tau_ed) * np.float32(count)
+        quote = f" ({read(token[first : row + 1, slot].tolist())!r})" if read else ""
         told = f"{found} edit{'s' * (found != 1)} in the {count} tokens since the fork, below tau_ed x {count} = {bar:g}"
-        return f"similar to the line in slot {slot}: {told}" if found < bar else ""
+        return f"similar to the line in slot {slot}{quote}: {told}" if found < bar else ""
 
     def why(row: int, column: int) -> str:
         """The same, or which line above it a line went with: all that stand on one go at once."""
