@@ -36,7 +36,7 @@ class Stats(NamedTuple):
     forks: jax.Array  # lines born on a running line
     restarts: jax.Array  # lines born at the prompt or an older cell after the start
     pruned: jax.Array  # lines stopped by the pruning rule
-    iterations: jax.Array  # of the loop, the same for every tree of the program
+    iterations: jax.Array  # of the loop, the same for all trees that it grows
 
 
 class _Carry(NamedTuple):
