@@ -32,7 +32,7 @@ FEW = ["--config.steps=2", *SMALL[1:]]
 TEXTS = [flag for flag in FEW if not re.search("train_size|answer_length|segment|windows|heldout", flag)]
 OWN = [flag for flag in TEXTS if "model" not in flag] + [
     "--config.sampler.answer_length=4",
-    "--config.pruning.windows=(2,)",
+    "--config.pruning.windows=(2,4)",
     "--config.task.heldout_size=2",
 ]
 EPISODES = [flag for flag in TEXTS if "heldout" not in flag] + ["--config.environment.horizon=2"]

@@ -306,7 +306,7 @@ def test_chunked_log_probs_equal_whole_ones(params):
 def test_windows_longer_than_the_answer_are_refused():
     config = get_config()
     config.pruning.windows = (20, 30)
-    with pytest.raises(ValueError, match=r"pruning.windows=\(20, 30\) must be lengths from 1 to sampler.answer_length=16"):
+    with pytest.raises(ValueError, match=r"pruning.windows=\(20, 30\) must be lengths up to sampler.answer_length=16"):
         step.make_fns(config, bare_task(), fns().mesh)
 
 
