@@ -25,5 +25,5 @@ def get_config(arg: str | None = None):
     config.learner.update(bin_tokens=2048, bins_per_step=1, vocab_chunk=512, remat="layers")
     config.warm_start.steps = 0
     config.evaluation.update(batch=64)
-    config.mesh.update(data=1, fsdp=-1, tensor=min(8, PRESETS[given["preset"]]["kv_heads"]) if given["preset"] in PRESETS else 1)
+    config.mesh.update(data=1, fsdp=-1, tensor=min(8, PRESETS.get(given["preset"], {}).get("kv_heads", 1)))
     return config

@@ -169,10 +169,10 @@ def gradient(fns, objective, params, bins: packing.Bins, weight):
       (gradient of what is trained, float32, (loss, sums / weight, maximum)).
     """
     model, step = fns.model, fns.sizes.bins_per_step
-    lie = sharding.parameter_shardings(fns.mesh, model.axes(), model.shapes())
+    where = sharding.parameter_shardings(fns.mesh, model.axes(), model.shapes())
     rounded = jax.tree.map(lambda x: x.astype(model.config.dtype), params)
-    trained, frozen = model.split(jax.lax.with_sharding_constraint(rounded, lie))  # what every microbatch would round again
-    cut = lambda grads: jax.lax.with_sharding_constraint(grads, model.split(lie)[0])  # a device sums its own part
+    trained, frozen = model.split(jax.lax.with_sharding_constraint(rounded, where))  # what every microbatch would round again
+    cut = lambda grads: jax.lax.with_sharding_constraint(grads, model.split(where)[0])  # a device sums its own part
     part = jax.jit(lambda trained, bins: objective(model.join(trained, frozen), bins))
     value = jax.value_and_grad(part, has_aux=True)  # traced once, for its shapes too
     shapes = jax.eval_shape(value, trained, jax.eval_shape(lambda: microbatch(fns, bins, 0)))

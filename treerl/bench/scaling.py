@@ -11,10 +11,10 @@ results that devices send each other.
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
+from jax.sharding import Mesh
 
 from treerl import profiling, sharding
 from treerl.bench import measure, peers, shapes
@@ -31,10 +31,16 @@ def defaults() -> dict:
     return step_defaults() | dict(axes=("data", "fsdp", "tensor"), large=large if measure.on_accelerator() else None, small=SMALL)
 
 
-def meshes(axes: tuple[str, ...], count: int, kv_heads: int) -> dict[str, dict]:
-    """Name -> sizes of the meshes of several devices along one axis each, of all `count` devices first."""
-    counts = sorted({n for n in COUNTS if n <= count} | {count} - {1}, reverse=True)
-    return {f"{axis}{n}": {"data": 1, axis: n} for n in counts for axis in axes if axis != "tensor" or kv_heads % n == 0}
+def along(axis: str, count: int) -> Mesh:
+    """A mesh of the first `count` devices along one axis."""
+    return sharding.make_mesh(**{"data": 1, axis: count}, devices=jax.devices()[:count])
+
+
+def meshes(axes: tuple[str, ...], preset: str) -> dict[str, Mesh]:
+    """Name -> mesh of several devices along one axis, those of all devices first."""
+    every, kv_heads = jax.device_count(), PRESETS[preset]["kv_heads"]
+    counts = sorted({n for n in COUNTS if n <= every} | {every} - {1}, reverse=True)
+    return {f"{axis}{n}": along(axis, n) for n in counts for axis in axes if axis != "tensor" or kv_heads % n == 0}
 
 
 def timed(program: Callable, carry: tuple, repeats: int) -> tuple[float, dict, tuple]:
@@ -88,21 +94,18 @@ def rows(**sizes):
     sizes = {**defaults(), **sizes}
     own = {k: v for k, v in sizes.items() if k not in ("large", "small")}
     large = sizes["large"] and own | dict(sizes["large"], axes=[axis for axis in sizes["axes"] if axis != "data"])
-    alone = sharding.make_mesh(data=1, devices=jax.devices()[:1])
-    wanted, small = grown(sizes["small"], alone), functools.partial(measure.row, "scaling", shapes=sizes["small"])
-    for name, shape in meshes(own["axes"], jax.device_count(), PRESETS[sizes["small"]["preset"]]["kv_heads"]).items():
-        mesh = sharding.make_mesh(**shape, devices=jax.devices()[: math.prod(shape.values())])
+    one, small = {"one": along("data", 1)}, functools.partial(measure.row, "scaling", shapes=sizes["small"])
+    wanted = grown(sizes["small"], one["one"])
+    for name, mesh in meshes(own["axes"], sizes["small"]["preset"]).items():
         same = compare(wanted, grown(sizes["small"], mesh))["same"]
         yield small(f"{name}.same_trees", same.mean(), "of the trees, token for token")
     for prefix, part in {"": own, "large.": large}.items():
         if part is None:
             continue
         row, first = functools.partial(measure.row, "scaling", shapes=part), {}
-        several = meshes(part["axes"], jax.device_count(), PRESETS[part["preset"]]["kv_heads"])
-        for name, shape in (several if prefix else {"one": dict(data=1)} | several).items():
-            n = math.prod(shape.values())
+        for name, mesh in (({} if prefix else one) | meshes(part["axes"], part["preset"])).items():
             try:
-                found = measured(part, sharding.make_mesh(**shape, devices=jax.devices()[:n]))
+                found = measured(part, mesh)
             except jax.errors.JaxRuntimeError as error:
                 peers.left_out(f"{prefix}{name}", error)
                 continue
@@ -112,7 +115,7 @@ def rows(**sizes):
                     against = dict(versus=f"one.{what}", ratio=found[what] / first[what]) if what in first else {}
                     yield row(f"{prefix}{name}.{what}", found[what], unit, **against)
             if "tokens" in first:
-                yield row(f"{prefix}{name}.efficiency", found["tokens"] / n / first["tokens"], "of one device's tokens a second")
+                yield row(f"{prefix}{name}.efficiency", found["tokens"] / mesh.size / first["tokens"], "of one device's tokens a second")
             for number, c in enumerate(found["sent"], 1):
                 what = f"bytes a device, {c.kind} of {c.shape} over {c.axes or 'none'}, {c.depth} loops deep: {c.name[-120:]}"
                 yield row(f"{prefix}{name}.sent_{number}", c.bytes, what)
