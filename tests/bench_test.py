@@ -134,6 +134,7 @@ def test_rules_that_follow_the_group_leave_more_contrast_than_chance_on_every_mi
     assert of("balanced", "all") == pytest.approx(15 / 96, abs=0.006)  # 15 / 16 of E[x (1 - x)], x uniform
 
 
+@pytest.mark.slow
 def test_dropped_lines_are_neither_sampled_further_nor_packed():
     """Two trees of 16 lines of 8 tokens; half of each is dropped after 4, the segment's end."""
     rows = named("pruning")
@@ -255,6 +256,7 @@ def test_shapes_fit_together(name):
     assert 16 * parameters < 60e9 or learn["lora_rank"] == whole["lora_rank"] > 0  # float32: weights, gradient, two moments
 
 
+@pytest.mark.slow
 def test_pruned_samples_drop_half_of_their_lines_at_the_detection():
     rows = named("sampler")
     assert rows["pruned.live_slots"]["value"] == (4 * 4 + 2 * 4) / 8

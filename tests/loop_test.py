@@ -121,6 +121,7 @@ def test_a_killed_run_writes_the_same_samples_and_numbers(runs):
     assert [line["step"] for line in story(folder / "whole")] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_metrics_of_graders_reach_the_file_and_the_report(runs):
     folder, *_ = runs
     for line in story(folder / "whole"):
@@ -130,6 +131,7 @@ def test_metrics_of_graders_reach_the_file_and_the_report(runs):
     assert "scores of graders" in page and "sample_graders:lower" in page
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_step_is_told_before_the_first(runs):
     _, log, _ = runs
     words = r"^memory of a step: [0-9.]+ GB on each device, [0-9.]+ GB of it temporaries$"
