@@ -23,6 +23,8 @@ def parse(argv: list[str], shared=()) -> list[str]:
                 raise UserError(f"--config={file} is no file; give an experiment, such as experiments/countdown.py.")
         elif field := re.match(r"(?:no)?config\.(.+)", name):
             _check_field(field[1])
+        elif name not in flags.FLAGS and name in dict(fields(default())):
+            raise UserError(f"--{name} is no flag but a field of the experiment; write --config.{name}={value or 'VALUE'}.")
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:

@@ -95,6 +95,9 @@ def launch(entry: str, *flags: str) -> subprocess.CompletedProcess:
     (":variant=ppo", [], "variant='ppo' is unknown; known are latr_depthwise, latr, grpo."),
     ("", ["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
     ("", ["steps=3"], "argument 'steps=3' is no flag; write flags as --name=value."),
+    ("", ["--steps=3"], "--steps is no flag but a field of the experiment; write --config.steps=3."),
+    ("", ["--branching.tau_abs", "0.1"],
+     "--branching.tau_abs is no flag but a field of the experiment; write --config.branching.tau_abs=VALUE."),
 ])  # fmt: skip
 def test_command_line_of_train(arg, flags, message, tmp_path):
     run = launch("train", f"--config=experiments/countdown.py{arg}", f"--workdir={tmp_path / 'run'}", *flags)
@@ -593,6 +596,7 @@ def test_a_workdir_of_another_experiment(quick, finished, tmp_path):
     for changes, words in (
         (dict(steps=4, branching__tau_abs=0.5), "branching.tau_abs=0.05, not 0.5"),
         (dict(steps=4, advantage__options=C.ConfigDict(dict(clip=3.0))), "advantage.options={}, not {'clip': 3.0}"),
+        (dict(steps=8), "steps=4, not 8, and optimizer.schedule=cosine ends with them (constant ones can be lengthened)"),
     ):
         assert sentence(functools.partial(quick, **changes)) == (
             f"workdir={workdir} belongs to a run with {words}; give another --workdir, or the same config."

@@ -115,6 +115,7 @@ def _train(config: ConfigDict, workdir: str, progress: bool, profile, watch, sig
                 with signals.nothing_to_lose(text):
                     if not new:
                         compile_step(experiment, progress)
+                    run.start_clock()
                     values = run.step(trace)
                 run.finish(values)
             while run.done < config.steps:
@@ -280,6 +281,10 @@ class Run:
         trees = example_trees(self.experiment, self.state)
         for line in trees if processes.is_first() else ():
             self._trees.append(dict(step=self.done, **line))
+
+    def start_clock(self) -> None:
+        """The bar's time and rate count from now on."""
+        self._bar.unpause()
 
     def resume(self) -> None:
         """Does what a signal had left undone of the last step."""

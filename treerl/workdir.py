@@ -27,8 +27,9 @@ def claim(workdir: epath.PathLike, config: ConfigDict) -> None:
     free = ("steps",) if config.optimizer.schedule == "constant" else ()
     for name in sorted(old | new):
         if not name.startswith(free) and old.get(name) != new.get(name):
+            why = f", and optimizer.schedule={config.optimizer.schedule} ends with them (constant ones can be lengthened)"
             raise UserError(
-                f"workdir={workdir} belongs to a run with {name}={old.get(name)!r}, not {new.get(name)!r}; "
+                f"workdir={workdir} belongs to a run with {name}={old.get(name)!r}, not {new.get(name)!r}{why * (name == 'steps')}; "
                 "give another --workdir, or the same config."
             )
 
