@@ -33,23 +33,14 @@ def write(path, *runs, **changes):
     return path.read_text(encoding="utf-8")
 
 
-def svgs(page):
-    return ["<svg" + part.split("</svg>")[0] + "</svg>" for part in page.split("<svg")[1:]]
-
-
 def drawn(page) -> list[list[tuple[str, list[str]]]]:
-    """(title, names in the legend) of each panel, for every picture with panels."""
-    result, tag = [], "{http://www.w3.org/2000/svg}"
-    for svg in svgs(page):
-        found = []
-        for panel in xml.etree.ElementTree.fromstring(svg).iter(tag + "g"):
-            if panel.get("id", "").startswith("axes_"):
-                legend = next(g for g in panel.iter(tag + "g") if g.get("id", "").startswith("legend_"))
-                names = [text.text for text in legend.iter(tag + "text")]
-                title = [text.text for text in panel.iter(tag + "text")][-1 - len(names)]
-                found.append((title, names))
-        result += [found] if found else []
-    return result
+    """(title, names in the legend) of each panel, for every section with panels; each panel's picture is well-formed."""
+    sections = []
+    for section in page.split("<div class=panels>")[1:]:
+        panels = re.findall(r"<figure><figcaption>(.*?)</figcaption>\n(.*?)</figure>", section.split("</div>")[0], re.DOTALL)
+        assert all(xml.etree.ElementTree.fromstring(svg).tag.endswith("svg") for _, svg in panels)
+        sections.append([(caption.partition("<span>")[0], re.findall("</i>(.*?)</span>", caption)) for caption, _ in panels])
+    return sections
 
 
 def test_report_escapes_everything(tmp_path):
@@ -60,8 +51,9 @@ def test_report_escapes_everything(tmp_path):
     page = write(tmp_path / "report.html", run(EVIL, **evil))
     assert "<script" not in page
     escaped = "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; {x} $y_1$"
-    assert page.count(escaped) == 12  # title, heading, note, score, run, device, three in the configuration, caption, tree and text
-    assert "&amp; {x} $y_1$</text>" in page  # In the picture, and no TeX.
+    assert (
+        page.count(escaped) == 14
+    )  # title, heading, note, score, run, device, two charts, three in the configuration, caption, tree, text
     assert "<script" not in write(tmp_path / "both.html", run(EVIL, **evil), run("other", **evil | dict(config={EVIL: 1})))
 
 
@@ -74,11 +66,21 @@ def test_report_draws_the_metrics_that_exist(tmp_path):
     page = write(tmp_path / "new" / "report.html", history=history, warmup=warmup)
     training, warm = drawn(page)
     assert training == [
-        ("reward", ["reward"]), ("pass@k and votes on held-out examples", ["pass@4"]), ("entropy, nats", ["entropy"]),
+        ("reward", []), ("pass@k and votes on held-out examples", ["pass@4"]), ("entropy, nats", ["entropy"]),
         ("other", ["unknown", "my_entropy"]),
     ]  # fmt: skip
     assert "a run goes on from update 10, the best by pass@1 (0.1)." in page
-    assert warm == [("pass@k and votes on held-out examples", ["pass@1"]), ("loss", ["loss"])]
+    assert warm == [("pass@k and votes on held-out examples", ["pass@1"]), ("loss", [])]
+
+
+def test_what_never_changes_is_told_and_not_drawn(tmp_path):
+    lines = [{"step": i, "clipped": 0, "truncated": 0.25, "ess": i / 2, "reward": 1.0, "pass@1": 0.5} for i in (1, 2)]
+    page = write(tmp_path / "report.html", history=lines)
+    kept = [("reward", []), ("pass@k and votes on held-out examples", ["pass@1"]), ("shares of tokens, leaves and trees", ["ess"])]
+    assert drawn(page) == [kept] and "<p>The same at every step: clipped 0, truncated 0.25.</p>" in page
+    other = [line | dict(clipped=0.5, truncated=0.25) for line in lines]
+    page = write(tmp_path / "both.html", run("a", history=lines, config={"x": 1}), run("b", history=other, config={"x": 2}))
+    assert "<p>The same at every step: truncated 0.25.</p>" in page and ("clipped", ["a", "b"]) in drawn(page)[0]
 
 
 def test_every_metric_of_a_step_is_drawn_once_and_no_group_is_for_none(tmp_path):
@@ -90,7 +92,7 @@ def test_every_metric_of_a_step_is_drawn_once_and_no_group_is_for_none(tmp_path)
     names += ["reward/number", "heldout/number", "graders_raised", "games_hung"]  # of graders and games on the host
     names += ["turns", "invalid", "novel/pass@1"]  # of environments
     [panels] = drawn(write(tmp_path / "report.html", history=[{"step": 1} | dict.fromkeys(names, 0.5)]))
-    assert sorted(name for _, panel in panels for name in panel) == sorted(names)
+    assert sorted(name for title, panel in panels for name in panel or [title]) == sorted(names)
     for _, patterns in report.GROUPS:
         for pattern in patterns:
             assert [name for name in names if fnmatch(name, pattern)], pattern
@@ -151,7 +153,7 @@ def test_a_run_tells_how_far_it_is_and_how_fast(tmp_path):
 
 
 def test_runs_that_differ_in_their_seeds_are_one_kind(tmp_path):
-    lines = lambda x: [{"step": i, "sampled_tokens": 10, "pass@1": x * i, "reward": x} for i in range(3)]
+    lines = lambda x: [{"step": i, "sampled_tokens": 10 + i, "pass@1": x * i, "reward": x} for i in range(3)]
     config = lambda seed, **more: {"seed": seed, "steps": 2, "advantage.name": "grpo", "data_dir": f"d{seed}", "task.name": "sum"} | more
     runs = [run(f"g_{s}", history=lines(s), config=config(s)) for s in (1, 2)]
     runs.append(run("other", history=lines(3), config=config(1, **{"advantage.name": "rloo"}), notes=["half"]))
@@ -175,7 +177,8 @@ def test_kinds_are_told_apart_by_name():
 def test_seeds_that_do_not_meet_are_drawn_each(tmp_path):
     short, late = [{"step": 1, "reward": 0.5}], [{"step": 5, "reward": 0.1}, {"step": 6, "reward": 0.2}]
     runs = [run(f"r{i}", history=lines, config={"seed": i, "x": 0}) for i, lines in enumerate((short, late))]
-    assert drawn(write(tmp_path / "report.html", *runs)) == [[("reward", ["reward"])]]
+    page = write(tmp_path / "report.html", *runs)
+    assert drawn(page) == [[("reward", [])]] and len(re.findall(r'<g id="line2d_\d+">\s*<path[^>]* clip-path', page)) >= 2
 
 
 def workdir(folder, **files):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from etils import epath
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -49,17 +50,24 @@ _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; --paper: #fff; --ink: #222; --line: #ddd; --panel: #f6f6f6; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --paper: #15171a; --ink: #ddd; --line: #444; --panel: #22252a; }} }}
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem;
   color: var(--ink); background: var(--paper); }}
-table {{ border-collapse: collapse; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
 th, td {{ padding: .2rem 1rem; border-bottom: 1px solid var(--line); text-align: right; }}
 th:first-child, td:first-child {{ text-align: left; }}
 pre {{ font-size: 13px; line-height: 1.3; overflow-x: auto; background: var(--panel); padding: 1rem; }}
 svg {{ max-width: 100%; height: auto; fill: var(--ink); }}
+.panels {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1rem; align-items: end; }}
+figure {{ margin: 0; }}
+figure svg {{ width: 100%; }}
+figcaption {{ font-weight: 600; }}
+figcaption span {{ font-weight: 400; font-size: .85em; margin-left: .8em; white-space: nowrap; }}
+figcaption i {{ display: inline-block; width: .8em; height: .8em; margin-right: .3em; }}
 </style>
 </head>
 <body>
@@ -282,60 +290,64 @@ def _number(value: float) -> str:
 
 
 def _curves(histories: dict[str, list[list[dict]]], by_tokens: bool = False) -> str:
-    """One SVG of the metrics that the lines have numbers of, '' without any: a panel for every group, or of several kinds for each.
+    """Panels of the metrics that the lines have numbers of, '' without any: one for every group, or of several kinds for each.
+
+    What never changes is told in a sentence instead, but for the reward and held-out scores.
 
     Args:
       histories: kind -> lines of each of its runs. by_tokens: scores over the tokens sampled up to then, too.
     """
-    groups = {title: {} for title in [*(title for title, _ in GROUPS), "other"]}
-    for kind, runs in histories.items():
-        for name in dict.fromkeys(name for lines in runs for name in _series(lines)):
-            groups[_group(name)].setdefault(name, {})[kind] = [own for lines in runs if len(own := _points(lines, name))]
+    groups, same = {title: {} for title in [*(title for title, _ in GROUPS), "other"]}, []
+    for name in dict.fromkeys(name for runs in histories.values() for lines in runs for name in _series(lines)):
+        found = {kind: [own for lines in runs if len(own := _points(lines, name))] for kind, runs in histories.items()}
+        found = {kind: curves for kind, curves in found.items() if curves}
+        values = np.concatenate([own[:, 2] for curves in found.values() for own in curves])
+        if len(values) > 1 and np.ptp(values) == 0 and name != "reward" and not _held_out(name):
+            same.append(f"{name} {_number(values[0])}")
+        else:
+            groups[_group(name)][name] = found
     panels = [(title, series, 0) for title, series in groups.items() if series]
     if len(histories) > 1:
         panels = [(name, {name: own}, 0) for _, series, _ in panels for name, own in series.items()]
     panels += [(f"{title} by tokens", series, 1) for title, series, _ in panels if by_tokens and any("@" in name for name in series)]
-    if not panels:
-        return ""
-    rows = -(-len(panels) // 2)
-    # Text stays text, keys are no TeX, and the same numbers give the same file.
-    style = {"svg.fonttype": "none", "svg.hashsalt": "treerl", "text.parse_math": False}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(11, 2.8 * rows), layout="constrained")
-        axes = figure.subplots(rows, 2, squeeze=False).flatten()
-        for axis, (title, series, along) in zip(axes, panels, strict=False):
-            for name, of_kind in series.items():
-                for kind, curves in of_kind.items():
-                    alone = len(histories) == 1
-                    _draw(
-                        axis,
-                        curves,
-                        along,
-                        label=name if alone else kind,
-                        **{} if alone else dict(color=f"C{list(histories).index(kind) % 10}"),
-                    )
-            axis.set_title(title)
-            axis.set_xlabel(("step", "tokens sampled")[along])
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize="small")
-        for axis in axes[len(panels) :]:
-            axis.set_visible(False)
+    colours = None if len(histories) == 1 else {kind: f"C{i % 10}" for i, kind in enumerate(histories)}
+    text = "".join(_panel(*panel, colours) for panel in panels)
+    text = f"<div class=panels>\n{text}</div>\n" if text else ""
+    return text + (f"<p>The same at every step: {html.escape(', '.join(same))}.</p>\n" if same else "")
+
+
+def _panel(title: str, series: dict, along: int, colours: dict | None) -> str:
+    """A chart and its caption: title, and what has which colour. Kinds have `colours`; without them each metric has one."""
+    shown = {}  # label -> colour
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "treerl"}):  # text stays text, the same numbers the same file
+        figure = Figure(figsize=(5.5, 2.5), layout="constrained")
+        axis = figure.subplots()
+        for i, (name, of_kind) in enumerate(series.items()):
+            for kind, curves in of_kind.items():
+                label, colour = (kind, colours[kind]) if colours else (name, f"C{i % 10}")
+                shown[label] = to_hex(colour)
+                _draw(axis, curves, along, shown[label])
+        axis.set_xlabel(("step", "tokens sampled")[along])
+        axis.grid(alpha=0.3)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue().replace("#000000", "var(--ink)").replace("#ffffff", "var(--paper)")  # of the page, by its reader's colours
-    return svg[svg.index("<svg") :]
+    legend = "".join(f'<span><i style="background:{colour}"></i>{html.escape(label)}</span>' for label, colour in shown.items())
+    return (
+        f"<figure><figcaption>{html.escape(title)}{legend * (list(shown) != [title])}</figcaption>\n{svg[svg.index('<svg') :]}</figure>\n"
+    )
 
 
-def _draw(axis, curves: list[np.ndarray], along: int, **look) -> None:
+def _draw(axis, curves: list[np.ndarray], along: int, colour: str) -> None:
     """A curve, or the mean of several with its interval as far as all reach; each alone where they do not overlap."""
     meet = len(curves) > 1 and max(c[0, along] for c in curves) <= min(c[-1, along] for c in curves)
-    for i, own in enumerate([mean_curve(curves, along)] if meet else [c[:, [along, 2]] for c in curves]):
-        line = axis.plot(own[:, 0], own[:, 1], marker="." if len(own) < 30 else None, **(look if i == 0 else look | dict(label="_")))
+    for own in [mean_curve(curves, along)] if meet else [c[:, [along, 2]] for c in curves]:
+        axis.plot(own[:, 0], own[:, 1], marker="." if len(own) < 30 else None, color=colour)
         if meet:  # the interval of two or three runs is wide: the runs themselves set the panel's height
             for each in curves:
                 axis.update_datalim(each[:, [along, 2]])
             limits = axis.dataLim.frozen()
-            axis.fill_between(own[:, 0], own[:, 1] - own[:, 2], own[:, 1] + own[:, 2], alpha=0.2, color=line[0].get_color())
+            axis.fill_between(own[:, 0], own[:, 1] - own[:, 2], own[:, 1] + own[:, 2], alpha=0.2, color=colour)
             axis.dataLim.set(limits)
             axis.autoscale_view()
 
