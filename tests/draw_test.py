@@ -421,6 +421,22 @@ def test_what_is_known_of_rules_is_said_and_shown_as_text():
     assert {end["text"] for end in data["ends"] if not end["leaf"]} == {"pruned: similar"}  # beside the line, where room is short
 
 
+def test_inner_tokens_of_a_pruned_line_say_why_and_those_of_several_do_not():
+    tree, reward, advantage = hand_built_tree()
+    tree.end[3, 2], tree.end[4, 2], tree.used[4, 2], tree.parent[4, 2] = 0, SIMILAR, True, 2
+    stops = {(4, 2): "similar to one"}
+
+    def fate():
+        cells = data_of(draw.explore_tree(tree, to_text, reward=reward, advantage=advantage, stops=stops))["cells"]
+        return dict(zip(zip(cells["row"], cells["column"]), cells["fate"]))
+
+    assert fate()[3, 2] == "its line was pruned: similar to one" and fate()[4, 2] == "pruned: similar to one"
+    assert fate()[2, 1] == "" and fate()[4, 1] == "✗ 0.0"  # leaves below, and one
+    tree.parent[4, 3], tree.end[4, 3] = 2, SIMILAR
+    stops[4, 3] = "similar to another"
+    assert fate()[3, 2] == "its lines were pruned" and fate()[4, 3] == "pruned: similar to another"
+
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="install chromium to see pages as a browser does")
 

@@ -68,9 +68,15 @@ def explore_tree(
     for i, cell in enumerate(index):
         fate = outcome(view, cell)
         leaf = cell in view.rewards
-        fates.append(f"pruned: {stops[cell]}" if cell in stops else fate or ("" if cell in kept else "its lines were pruned"))
+        fates.append(f"pruned: {stops[cell]}" if cell in stops else fate)
         if fate:
             ends.append(dict(i=i, text=f"{fate} · A {view.advantage[cell]:+.2f}" if leaf else fate, leaf=leaf))
+    under = [{fate} - {""} for fate in fates]  # of each token what became of the lines through it
+    for i in reversed(range(len(index))):  # a token comes before those that follow it
+        if above[i] is not None:
+            under[index[above[i]]] |= under[i]
+    lines = lambda found: f"its line was {min(found)}" if len(found) == 1 else "its lines were pruned"
+    fates = [fate or ("" if cell in kept else lines(found)) for cell, fate, found in zip(index, fates, under)]
     named = lambda cell, pairs: [
         (tokens_to_text([int(token)]), finite(p), int(token), refusals.get(cell, {}).get(token, "")) for token, p in pairs
     ]
