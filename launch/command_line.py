@@ -55,6 +55,6 @@ def _mistake(error: flags.Error) -> Exception:
         return UserError(f"--{missing[1]} is missing; add --{missing[1]}=VALUE, see --help.")
     if dotted := re.match(r"flag --config\.([\w.]+)=.*does not accept dots", text):
         return UserError(f"{dotted[1]} has a name with a dot, which a config cannot hold; write package/module:function.")
-    if field := re.match(r"flag --config\.([\w.]+)=(.*?): ", text):
+    if field := re.match(r"flag --config\.([\w.]+)=(.*?): (?:Failed|invalid|could|Error|\()", text):
         return misfit(field[1], field[2].strip())
     return UserError(" ".join(text.split()))

@@ -18,13 +18,14 @@ flags.mark_flags_as_required(["workdir", "prompt"])
 
 
 def main():
+    from treerl.draw import TEXT_LEGEND
     from treerl.experiment import load  # after the flags: a wrong one must not cost the import of jax
 
     experiment, state, step = load(_WORKDIR.value, best=_BEST.value)
     example = experiment.parse(_PROMPT.value)
     grown = experiment.grow(state, [example], step=step, seed=_SEED.value)
     print(experiment.read_text(grown, 0))
-    print(experiment.tree_text(grown, 0))
+    print(experiment.tree_text(grown, 0), TEXT_LEGEND, sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ HOW = [
     ("launch/test.sh", ["--collect-only", "tests/masked_test.py"]),
     ("household.py:gigpo", [*EPISODES, "--count=1"]),
     ("household.py", EPISODES),
+    ("launch.seeds", [*FEW, "--count=2"]),
     ("shop.py", EPISODES),
     ("smollm2_addition.py", "trains a published model for minutes: smollm2_test and a notebook do"),
     ("experiments/jsonl.py", OWN),

@@ -86,6 +86,8 @@ def launch(entry: str, *flags: str) -> subprocess.CompletedProcess:
      "--config.advantage.multipliers.ace.alpha cannot be set alone; write --config.advantage.multipliers=\"{'ace': VALUE}\"."),
     ("", ["--config.advantage.options=clip=3"],
      "advantage.options=clip=3 is no dictionary; write it as --config.advantage.options=\"{'NAME': VALUE}\"."),
+    ("", ["--config.advantage.multipliers={'ear': {}"],
+     "advantage.multipliers={'ear': {} is no dictionary; write it as --config.advantage.multipliers=\"{'NAME': VALUE}\"."),
     ("", ["--config.advantage.options.clip=3"],
      "--config.advantage.options.clip cannot be set alone; write --config.advantage.options=\"{'clip': VALUE}\"."),
     ("", ["--config.text.graders={'mine.graders:length': 1.0}"],
@@ -432,6 +434,25 @@ def test_runs_that_can_never_start(changes, shards, message, data, tmp_path, mon
     monkeypatch.setattr(sharding, "tree_shards", lambda mesh: shards)
     assert sentence(train.train, small(data, **changes), str(tmp_path / "run"), False) == message
     assert not list(tmp_path.iterdir())
+
+
+CREDIT = "return the credit of leaves, [L], or of cells, [S, K], or a pair of such credit and the weight of leaves, [L]."
+OF_A_TREE = "advantage.name=mine: of a tree with S=3 rows, K=2 slots and L=2 leaves it returns"
+GIVEN = "beside tree and reward it can be given reference_logp, gradient_norm, importance, survival, before any *, and options, "
+
+
+@pytest.mark.parametrize("estimator, message", [
+    (lambda tree, reward: tree.entropy.T, f"{OF_A_TREE} (2, 3); {CREDIT}"),
+    (lambda tree, reward: reward[:, None], f"{OF_A_TREE} (2, 1); {CREDIT}"),
+    (lambda tree, reward: reward.sum(), f"{OF_A_TREE} (); {CREDIT}"),
+    (lambda tree, reward: (reward, tree.entropy), f"{OF_A_TREE} (2,), (3, 2); {CREDIT}"),
+    (lambda tree, reward: None, f"{OF_A_TREE} NoneType; {CREDIT}"),
+    (lambda tree, reward, gradient_nrom: reward, f"advantage.name=mine: it asks for 'gradient_nrom'; {GIVEN}behind it, need a default."),
+    (lambda tree, reward, *, importance: reward, f"advantage.name=mine: it asks for 'importance'; {GIVEN}behind it, need a default."),
+])  # fmt: skip
+def test_estimators_of_ones_own_that_cannot_work(estimator, message, monkeypatch):
+    monkeypatch.setitem(ESTIMATORS, "mine", estimator)
+    assert sentence(functools.partial(functions.make_advantage, changed(advantage__name="mine").advantage)) == message
 
 
 def test_a_data_folder_that_is_a_file(tmp_path):

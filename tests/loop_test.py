@@ -18,7 +18,7 @@ from host_test import tiny
 from ml_collections import ConfigDict
 from train_test import environment, kill, wait_until
 
-from treerl import metrics, profiling, warm_start
+from treerl import draw, metrics, profiling, warm_start
 from treerl.errors import UserError
 from treerl.experiment import load
 from treerl.train import begin_run
@@ -164,7 +164,7 @@ def test_generate(runs):
     output, log = run.communicate()
     assert run.returncode == 0, log[-4000:]
     lines = output.splitlines()
-    assert lines[0] == "20 + 20 =" and "prompt" in lines[:4]
+    assert lines[0] == "20 + 20 =" and "prompt" in lines[:4] and lines[-1] == draw.TEXT_LEGEND
     leaves = [line.split(None, 4) for line in lines if line[:1] in "✓✗" and line]
     assert len(leaves) == 4
     assert all(reward == "0.0" and float(credit) == 0 for _, reward, credit, *_ in leaves)  # nobody knows the answer

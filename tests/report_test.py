@@ -169,6 +169,15 @@ def test_runs_that_differ_in_their_seeds_are_one_kind(tmp_path):
     assert "These runs learn different tasks (shop, sum): their rewards and scores do not compare." in unlike
 
 
+def test_a_run_and_its_copy_are_not_two_seeds(tmp_path):
+    lines = [{"step": 0, "pass@1": 0.1}, {"step": 1, "pass@1": 0.2}]
+    runs = [run(name, history=lines, config={"seed": seed, "x": 1}) for name, seed in (("a1", 0), ("a2", 1), ("copy", 0))]
+    assert [[x.name for x in kind] for kind in report.kinds(runs).values()] == [["a1", "a2"], ["copy"]]
+    page = write(tmp_path / "report.html", *runs)
+    assert "copy has the fields and the seed of a1: they are shown beside each other, not averaged." in page
+    assert "95% interval" in page and "95% interval" not in write(tmp_path / "one.html", runs[0], runs[2])
+
+
 def test_kinds_are_told_apart_by_name():
     runs = [run("a", config={"x": 1}), run("a", config={"x": 2}), run("b"), run("b")]
     assert list(report.kinds(runs)) == ["a (1)", "a (2)", "b (1)", "b (2)"]  # of what is not known nothing is said to be the same

@@ -89,7 +89,9 @@ def test_with_nothing_to_lose_a_signal_ends_at_once(work):
 
 
 def test_too_many_updates_that_were_skipped():
-    stop_if_diverged(SimpleNamespace(skipped=2), 2, "step 5", "do something.")
+    stop_if_diverged(SimpleNamespace(skipped=2), 2, "step 5", "do something.", 3)
+    with pytest.raises(UserError, match="not finite in 2 updates in a row, all of the run's; do something."):
+        stop_if_diverged(SimpleNamespace(skipped=2), 2, "step 2", "do something.", 2)
     with pytest.raises(UserError) as error:
         stop_if_diverged(SimpleNamespace(skipped=3), 2, "step 5", "do something.")
     assert str(error.value) == (

@@ -448,7 +448,8 @@ def test_updates_that_are_not_finite_are_skipped_and_then_end_the_run(runs):
     assert log.splitlines()[-1] == (
         "step 8: loss or gradient was not finite in 3 updates in a row, more than learner.max_skipped=2; look at "
         f"loss and grad_norm in {workdir}/metrics.jsonl (null: not finite), then lower optimizer.learning_rate in "
-        "another --workdir, or raise learner.max_skipped to go on from step 5, saved before them in checkpoints."
+        "another --workdir, or raise learner.max_skipped to go on from step 5, saved before them in checkpoints; "
+        "an estimator of your own may give a nan."
     )
     assert "Traceback" not in log
     lines = story(workdir)

@@ -27,7 +27,7 @@ def default() -> ConfigDict:
     config.task = ConfigDict(
         dict(
             name="countdown",  # countdown, a text task (addition, reasoning_gym, jsonl, tfds), or an environment (household,
-            #                    shop)
+            #                    shop, textworld)
             numbers_min=4,  # how many numbers a puzzle gives
             numbers_max=4,  # at most; numbers_min at least
             largest=9,  # numbers are 1 .. largest

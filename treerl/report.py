@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from treerl import metrics
-from treerl.draw import Page
+from treerl.draw import TEXT_LEGEND, Page
 from treerl.errors import UserError
 from treerl.files import write_text
 from treerl.workdir import has_config, read_fields, telling
@@ -58,7 +58,8 @@ _PAGE = """<!DOCTYPE html>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem;
   color: var(--ink); background: var(--paper); }}
 table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
-th, td {{ padding: .2rem 1rem; border-bottom: 1px solid var(--line); text-align: right; }}
+th, td {{ padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }}
+td {{ white-space: nowrap; }}
 th:first-child, td:first-child {{ text-align: left; }}
 pre {{ font-size: 13px; line-height: 1.3; overflow-x: auto; background: var(--panel); padding: 1rem; }}
 svg {{ max-width: 100%; height: auto; fill: var(--ink); }}
@@ -141,11 +142,11 @@ def read_run(workdir: epath.PathLike) -> Run:
 
 
 def kinds(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs by what they are: those that differ in nothing but the seed are one kind, named by what their names share."""
-    found = []
+    """Runs by what they are: those that differ in their seeds and nothing else are one kind, named by what their names share."""
+    found, seed = [], lambda run: run.config.get("seed")
     for run in runs:
         own = telling(run.config)
-        same = next((kind for other, kind in found if own and other == own), None)
+        same = next((kind for other, kind in found if own and other == own and seed(run) not in map(seed, kind)), None)
         if same is None:
             found.append((own, [run]))
         else:
@@ -174,12 +175,17 @@ def write_report(path, runs: list[Run]) -> None:
     tasks = sorted({str(run.config["task.name"]) for run in runs if "task.name" in run.config})
     if len(tasks) > 1:
         notes.insert(0, f"These runs learn different tasks ({', '.join(tasks)}): their rewards and scores do not compare.")
+    same = lambda a, b: a.config and telling(a.config) == telling(b.config) and a.config.get("seed") == b.config.get("seed")
+    for i, run in enumerate(runs):
+        if twin := next((other for other in runs[:i] if same(run, other)), None):
+            notes.append(f"{run.name} has the fields and the seed of {twin.name}: they are shown beside each other, not averaged.")
+    curves = _curves({name: [run.history for run in kind] for name, kind in groups.items()}, by_tokens=not alone)
     sections = [
         ("", "".join(f"<p class=note>{html.escape(note)}</p>\n" for note in notes)),
-        ("Before and after", _table(groups)),
+        ("Before and after", _table(groups) + _INTERVALS * any(len(kind) > 1 for kind in groups.values())),
         ("Runs", _facts(runs)),
         ("What differs", "" if alone else _differences(groups)),
-        ("Training", _curves({name: [run.history for run in kind] for name, kind in groups.items()}, by_tokens=not alone)),
+        ("Training", curves + _METRICS * bool(curves)),
         ("Warm start", _warm_start(runs) + _curves({name: [run.warmup for run in kind] for name, kind in groups.items()})),
         ("Trees", _LEGEND + "\n".join(_tree(**tree) for tree in _by_example(runs[0].trees)) if alone and runs[0].trees else ""),
         ("Configuration", "".join(_config(name, kind[0].config) for name, kind in groups.items())),
@@ -195,6 +201,11 @@ def _config(name: str, fields: dict) -> str:
     return f"<details><summary>{summary}</summary>\n<pre>{html.escape(text)}</pre></details>\n" if fields else ""
 
 
+_INTERVALS = """<p>Mean ± half of its 95% interval (Student's t), in brackets the number of seeds. Two seeds say little: the interval is wide.</p>
+"""
+_METRICS = """<p>What each metric is, and its unit, stands in the README under "Metrics". Scores are shares, 1 is all. Peaks of seconds are
+evaluations. In training, trees have forced tokens among their own and are no fair sample of the policy: compare runs by held-out scores.</p>
+"""
 _LEGEND = """<p>Each tree is an answer's tokens from left to right, a line for every answer, which ends in its reward and the advantage A of its last
 token; ▮ is the end. A square was forced by the branching rule: a likely token that a line did not draw and a free slot took up. Lines are as
 thick as their tokens were probable. Grey, dashed tokens have no answer below them and say why: "similar" lines stayed within pruning.tau_ed edits
@@ -211,7 +222,7 @@ def _by_example(trees: list[dict]) -> list[dict]:
 
 def _tree(step: int, caption: str, page: str, text: str, **_) -> str:
     when = "before training" if step == 0 else f"after step {step}"
-    fold = f"<details><summary>as text</summary>\n<pre>{html.escape(text)}</pre></details>"
+    fold = f"<details><summary>as text</summary>\n<pre>{html.escape(text)}\n\n{html.escape(TEXT_LEGEND)}</pre></details>"
     return f"<p>{html.escape(f'{caption} ({when})')}</p>\n{Page(page).frame()}\n{fold}"
 
 
@@ -339,11 +350,14 @@ def _panel(title: str, series: dict, along: int, colours: dict | None) -> str:
 
 
 def _draw(axis, curves: list[np.ndarray], along: int, colour: str) -> None:
-    """A curve, or the mean of several with its interval as far as all reach; each alone where they do not overlap."""
+    """A curve, or the mean of several as far as all reach with its interval, of two with both; each alone where they do not overlap."""
     meet = len(curves) > 1 and max(c[0, along] for c in curves) <= min(c[-1, along] for c in curves)
     for own in [mean_curve(curves, along)] if meet else [c[:, [along, 2]] for c in curves]:
         axis.plot(own[:, 0], own[:, 1], marker="." if len(own) < 30 else None, color=colour)
-        if meet:  # the interval of two or three runs is wide: the runs themselves set the panel's height
+        if meet and len(curves) == 2:  # their interval would cover everything
+            for each in curves:
+                axis.plot(each[:, along], each[:, 2], color=colour, alpha=0.4, linewidth=0.7)
+        elif meet:  # the interval of few runs is wide: the runs themselves set the panel's height
             for each in curves:
                 axis.update_datalim(each[:, [along, 2]])
             limits = axis.dataLim.frozen()

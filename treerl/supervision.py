@@ -26,12 +26,12 @@ class Diverged(UserError):
     """Too many updates in a row were skipped; the text says which field and what to look at."""
 
 
-def stop_if_diverged(state, limit: int, moment: str, advice: str) -> None:
-    """Raises Diverged if more updates of a state were skipped in a row than `limit`, learner.max_skipped."""
-    if (skipped := int(state.skipped)) > limit:
-        raise Diverged(
-            f"{moment}: loss or gradient was not finite in {skipped} updates in a row, more than learner.max_skipped={limit}; {advice}"
-        )
+def stop_if_diverged(state, limit: int, moment: str, advice: str, whole: int | None = None) -> None:
+    """Raises Diverged if more updates of a state were skipped in a row than `limit`, learner.max_skipped, or all of the `whole` run."""
+    skipped = int(state.skipped)
+    if skipped > limit or skipped == whole:
+        than = f"more than learner.max_skipped={limit}" if skipped > limit else "all of the run's"
+        raise Diverged(f"{moment}: loss or gradient was not finite in {skipped} updates in a row, {than}; {advice}")
 
 
 class Signals:

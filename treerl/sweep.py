@@ -101,7 +101,9 @@ def train(runs: list[Run], workdir: str, parallel: int) -> list[dict]:
             free.put(place)
         if ended.returncode:
             why = "was stopped; the same command goes on" if ended.returncode == AGAIN else f"failed with status {ended.returncode}"
-            print(f"{run.name} {why}; see {logs}/{run.name}.log", file=sys.stderr, flush=True)
+            with open(os.path.join(logs, f"{run.name}.log"), encoding="utf-8", errors="replace") as log:
+                last = log.read().rstrip().rpartition("\n")[2]  # the sentence of a mistake
+            print(f"{run.name} {why}; see {logs}/{run.name}.log\n  {last}", file=sys.stderr, flush=True)
             return dict(status=ended.returncode)
         summary = json.loads(ended.stdout.splitlines()[-1])
         with open(done + ".tmp", "w", encoding="utf-8") as file:

@@ -264,11 +264,14 @@ class Run:
         accuracy = self.extra.get("after", self.extra["before"])["pass@1"]
         self._bar.set_postfix_str(words(values["reward"], accuracy, values["tokens_per_second"]), refresh=False)
         self._bar.update()
+        if self._show and 0 < values["skipped"] == int(self.state.skipped):  # the first in a row
+            tqdm.write(f"step {number}: loss or gradient is not finite, the update is skipped.", file=sys.stderr)
         stop_if_diverged(
             self.state, config.learner.max_skipped, f"step {number}",
             f"look at loss and grad_norm in {self.workdir}/metrics.jsonl (null: not finite), then lower "
             "optimizer.learning_rate in another --workdir, or raise learner.max_skipped to go on from step "
-            f"{self.checkpoints.latest_step}, saved before them in checkpoints.",
+            f"{self.checkpoints.latest_step}, saved before them in checkpoints; an estimator of your own may give a nan.",
+            config.steps * config.learner.epochs,
         )  # fmt: skip
         due = number % config.checkpoint_every == 0 or scores  # what was measured can be the best
         if due and (last or not int(self.state.skipped)):  # the last good one stays while updates are skipped

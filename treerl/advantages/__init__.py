@@ -51,11 +51,29 @@ def extras(function: Callable) -> tuple[str, ...]:
 
 
 def gives_leaf_credit(estimator: Callable) -> bool:
-    """Whether an estimator credits leaves [L]; else it credits cells [S, K]."""
+    """Whether an estimator credits leaves [L]; else it credits cells [S, K].
+
+    Raises:
+      ValueError: it does neither, or asks for what it is not given.
+    """
     example = T.from_parents([[-1, -1], [0, 1], [0, 1]], [[1, 1]] * 3, [[2, 0], [2, 1]])
     fills = dict(reference_logp=example.logp_policy, gradient_norm=jnp.ones(2), importance=jnp.ones(2), survival=jnp.ones(2))
-    result = jax.eval_shape(estimator, example, jnp.ones(2), *(fills[name] for name in extras(estimator)))
-    return (result[0] if isinstance(result, tuple) else result).ndim == 1
+    parameters = inspect.signature(estimator).parameters.values()
+    asked = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if asked := asked + [name for name in extras(estimator) if name not in fills]:
+        raise ValueError(
+            f"it asks for {asked[0]!r}; beside tree and reward it can be given {', '.join(fills)}, before any *, and options, "
+            "behind it, need a default."
+        )
+    found = jax.eval_shape(estimator, example, jnp.ones(2), *(fills[name] for name in extras(estimator)))
+    shapes = [getattr(x, "shape", type(x).__name__) for x in (found if isinstance(found, tuple) else (found, jnp.ones(2)))]
+    if shapes not in ([(2,), (2,)], [(3, 2), (2,)]):
+        told = ", ".join(map(str, shapes[: 2 if isinstance(found, tuple) else 1]))
+        raise ValueError(
+            f"of a tree with S=3 rows, K=2 slots and L=2 leaves it returns {told}; return the credit of leaves, [L], or of cells, "
+            "[S, K], or a pair of such credit and the weight of leaves, [L]."
+        )
+    return len(shapes[0]) == 1
 
 
 def leaf_estimators() -> list[str]:

@@ -2,6 +2,6 @@
 
 from treerl.draw.page import Page, explore_tree
 from treerl.draw.svg import Picture, draw_tree
-from treerl.draw.text import format_leaves, format_tree
+from treerl.draw.text import TEXT_LEGEND, format_leaves, format_tree
 
-__all__ = ["Page", "Picture", "draw_tree", "explore_tree", "format_leaves", "format_tree"]
+__all__ = ["TEXT_LEGEND", "Page", "Picture", "draw_tree", "explore_tree", "format_leaves", "format_tree"]

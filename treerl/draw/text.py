@@ -7,6 +7,9 @@ import numpy as np
 from treerl.draw.view import View, chain_of, end_name, mark, number, outcome, view_of
 from treerl.tree import FORCED
 
+TEXT_LEGEND = (
+    "* forced by branching; p: probability of a segment's first token; A: advantage, mean of its tokens; ✓ ✗: right, wrong, and the reward"
+)
 TEXT_LIMIT = 100  # characters of one node; the middle of a longer text is left out
 
 
