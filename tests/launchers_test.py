@@ -371,7 +371,7 @@ def test_sweep_goes_on_past_failures_and_does_what_is_missing(parallel, trainer,
     assert found == [{"pass@1_after": 0.0}, dict(status=3), dict(status=75), {"pass@1_after": 0.3}]
     assert sorted(call["config.seed"] for call in trainer()) == ["0", "1", "2", "3"]
     errors = capsys.readouterr().err
-    assert f"seed=1 failed with status 3; see {tmp_path}/sweep/logs/seed=1.log" in errors
+    assert f"seed=1 failed with status 3; see {tmp_path}/sweep/logs/seed=1.log\n  told\n" in errors
     assert "seed=2 was stopped; the same command goes on; see" in errors
     assert (tmp_path / "sweep/logs/seed=1.log").read_text() == "told\n"
     (tmp_path / "status1").unlink()
