@@ -396,6 +396,10 @@ def test_the_page_is_one_piece_and_shows_itself_in_a_notebook(tmp_path):
     assert page.count("<script") == 2 and "<img" not in page and "http" not in page.replace("http://www.w3.org", "")
     frame = page._repr_html_()
     assert frame.startswith("<iframe srcdoc=") and frame.count("<") == 2 and html.unescape(re.search('srcdoc="([^"]*)"', frame)[1]) == page
+    assert "height:380px" in frame and "height:450px" in draw.Page("<p>x</p>").frame()  # few lines, and a page of another kind
+    many = random_tree(np.random.default_rng(0), rows=4, slots=16, roots=16, fork=0, end=0, prune=0)
+    given = dict(reward=np.ones(16), advantage=np.zeros((4, 16)), prompt='"lanes": 99')
+    assert "height:630px" in draw.explore_tree(many, to_text, **given).frame()
     page.save(tmp_path / "tree.html")
     assert (tmp_path / "tree.html").read_text(encoding="utf-8") == page
     with pytest.raises(ValueError, match=r"column quality has shape \(2, 2\)"):

@@ -3,6 +3,7 @@
 import html
 import importlib.resources
 import json
+import re
 
 import numpy as np
 
@@ -15,8 +16,10 @@ class Page(str):
     """The text of an HTML page that needs nothing beside it; at the end of a notebook's cell it shows itself."""
 
     def frame(self) -> str:
-        """The page as a part of another."""
-        return f'<iframe srcdoc="{html.escape(self)}" style="width:100%;height:28rem;border:1px solid #8884"></iframe>'
+        """The page as a part of another, as high as its lines need, within bounds."""
+        lanes = re.search(r'"lanes": (\d+)', self)  # of the data; in texts such quotes are escaped
+        height = min(max(150 + 30 * int(lanes[1]), 380), 680) if lanes else 450
+        return f'<iframe srcdoc="{html.escape(self)}" style="width:100%;box-sizing:border-box;height:{height}px;border:1px solid #8884"></iframe>'
 
     _repr_html_ = frame
 
