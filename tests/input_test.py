@@ -475,7 +475,8 @@ class Quick(Experiment):
 
     def count(self, state, prompts, knobs, check):
         self.before_step(int(state.step) + 1)
-        return state.replace(step=state.step + 1, position=state.position + prompts.token.shape[0]), {"reward": 0.5, "sampled_tokens": 100}
+        values = dict(reward=0.5, sampled_tokens=100, skipped=0)
+        return state.replace(step=state.step + 1, position=state.position + prompts.token.shape[0]), values
 
     def compile_step(self):
         return profiling.Memory(0, 0, None)
