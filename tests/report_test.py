@@ -34,13 +34,19 @@ def write(path, *runs, **changes):
 
 
 def drawn(page) -> list[list[tuple[str, list[str]]]]:
-    """(title, names in the legend) of each panel, for every section with panels; each panel's picture is well-formed."""
+    """(title, metrics or kinds) of each panel, for every section with panels; each panel's picture is well-formed."""
     sections = []
     for section in page.split("<div class=panels>")[1:]:
         panels = re.findall(r"<figure><figcaption>(.*?)</figcaption>\n(.*?)</figure>", section.split("</div>")[0], re.DOTALL)
         assert all(xml.etree.ElementTree.fromstring(svg).tag.endswith("svg") for _, svg in panels)
-        sections.append([(caption.partition("<span>")[0], re.findall("</i>(.*?)</span>", caption)) for caption, _ in panels])
+        titles = [caption.partition("<span>")[0] for caption, _ in panels]
+        sections.append([(title, re.findall("</i>(.*?)</span>", caption) or [title]) for title, (caption, _) in zip(titles, panels)])
     return sections
+
+
+def told(page) -> list[str]:
+    """The metrics that are said to be the same at every step."""
+    return [part.rpartition(" ")[0] for text in re.findall(r"<p>The same at every step: (.*)\.</p>", page) for part in text.split(", ")]
 
 
 def test_report_escapes_everything(tmp_path):
@@ -66,18 +72,22 @@ def test_report_draws_the_metrics_that_exist(tmp_path):
     page = write(tmp_path / "new" / "report.html", history=history, warmup=warmup)
     training, warm = drawn(page)
     assert training == [
-        ("reward", []), ("pass@k and votes on held-out examples", ["pass@4"]), ("entropy, nats", ["entropy"]),
+        ("reward", ["reward"]), ("pass@k and votes on held-out examples", ["pass@4"]), ("entropy, nats", ["entropy"]),
         ("other", ["unknown", "my_entropy"]),
     ]  # fmt: skip
     assert "a run goes on from update 10, the best by pass@1 (0.1)." in page
-    assert warm == [("pass@k and votes on held-out examples", ["pass@1"]), ("loss", [])]
+    assert warm == [("pass@k and votes on held-out examples", ["pass@1"]), ("loss", ["loss"])]
 
 
 def test_what_never_changes_is_told_and_not_drawn(tmp_path):
     lines = [{"step": i, "clipped": 0, "truncated": 0.25, "ess": i / 2, "reward": 1.0, "pass@1": 0.5} for i in (1, 2)]
     page = write(tmp_path / "report.html", history=lines)
-    kept = [("reward", []), ("pass@k and votes on held-out examples", ["pass@1"]), ("shares of tokens, leaves and trees", ["ess"])]
-    assert drawn(page) == [kept] and "<p>The same at every step: clipped 0, truncated 0.25.</p>" in page
+    kept = [("reward", ["reward"]), ("pass@k and votes on held-out examples", ["pass@1"]), ("shares of tokens, leaves and trees", ["ess"])]
+    assert (
+        told(page) == ["clipped", "truncated"]
+        and drawn(page) == [kept]
+        and "<p>The same at every step: clipped 0, truncated 0.25.</p>" in page
+    )
     other = [line | dict(clipped=0.5, truncated=0.25) for line in lines]
     page = write(tmp_path / "both.html", run("a", history=lines, config={"x": 1}), run("b", history=other, config={"x": 2}))
     assert "<p>The same at every step: truncated 0.25.</p>" in page and ("clipped", ["a", "b"]) in drawn(page)[0]
@@ -92,7 +102,7 @@ def test_every_metric_of_a_step_is_drawn_once_and_no_group_is_for_none(tmp_path)
     names += ["reward/number", "heldout/number", "graders_raised", "games_hung"]  # of graders and games on the host
     names += ["turns", "invalid", "novel/pass@1"]  # of environments
     [panels] = drawn(write(tmp_path / "report.html", history=[{"step": 1} | dict.fromkeys(names, 0.5)]))
-    assert sorted(name for title, panel in panels for name in panel or [title]) == sorted(names)
+    assert sorted(name for _, panel in panels for name in panel) == sorted(names)
     for _, patterns in report.GROUPS:
         for pattern in patterns:
             assert [name for name in names if fnmatch(name, pattern)], pattern
@@ -187,7 +197,7 @@ def test_seeds_that_do_not_meet_are_drawn_each(tmp_path):
     short, late = [{"step": 1, "reward": 0.5}], [{"step": 5, "reward": 0.1}, {"step": 6, "reward": 0.2}]
     runs = [run(f"r{i}", history=lines, config={"seed": i, "x": 0}) for i, lines in enumerate((short, late))]
     page = write(tmp_path / "report.html", *runs)
-    assert drawn(page) == [[("reward", [])]] and len(re.findall(r'<g id="line2d_\d+">\s*<path[^>]* clip-path', page)) >= 2
+    assert drawn(page) == [[("reward", ["reward"])]] and len(re.findall(r'<g id="line2d_\d+">\s*<path[^>]* clip-path', page)) >= 2
 
 
 def workdir(folder, **files):

@@ -16,9 +16,10 @@ import pytest
 from events_oracle import scalars
 from profiling_test import traced_steps
 from readme_test import rows_of
-from report_test import drawn
+from report_test import drawn, told
 
 from treerl import metrics
+from treerl.draw import TEXT_LEGEND
 from treerl.experiment import Experiment, load
 from treerl.workdir import claim, read_config, write_config
 
@@ -236,7 +237,8 @@ def test_generate_prints_a_graded_tree(runs):
     assert run.returncode == 0, run.stderr[-4000:]
     lines = run.stdout.splitlines()
     assert lines[:2] == ["3 5=8:", "prompt"]
-    leaves = lines[lines.index("") + 2 :]
+    leaves = lines[lines.index("") + 2 : -2]
+    assert lines[-2:] == ["", TEXT_LEGEND]
     assert len(leaves) == SIZES["sampler.slots"]
     for line in leaves:
         mark, reward, advantage, end, text = line.split(None, 4)
@@ -292,7 +294,8 @@ def test_report(runs):
     training, warm = drawn(page)
     names = {name for line in story(runs["folder"] / "killed") for name in line}
     assert all(len(rows_of(name)) == 1 for name in names - {"step"})  # of the README's table
-    assert sorted(name for _, panel in training for name in panel) == sorted(names - {"step"} | {"seconds", "tokens_per_second"})
+    every = [name for _, panel in training for name in panel] + told(page)
+    assert sorted(every) == sorted(names - {"step"} | {"seconds", "tokens_per_second"})
     assert sorted(name for _, panel in warm for name in panel) == ["loss", "majority@3", "pass@1", "pass@2", "pass@3"]
 
 
