@@ -57,9 +57,8 @@ def test_report_escapes_everything(tmp_path):
     page = write(tmp_path / "report.html", run(EVIL, **evil))
     assert "<script" not in page
     escaped = "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; {x} $y_1$"
-    assert (
-        page.count(escaped) == 14
-    )  # title, heading, note, score, run, device, two charts, three in the configuration, caption, tree, text
+    # title, heading, note, score, run, device, two charts, three in the configuration, caption, tree, text
+    assert page.count(escaped) == 14
     assert "<script" not in write(tmp_path / "both.html", run(EVIL, **evil), run("other", **evil | dict(config={EVIL: 1})))
 
 
@@ -83,11 +82,8 @@ def test_what_never_changes_is_told_and_not_drawn(tmp_path):
     lines = [{"step": i, "clipped": 0, "truncated": 0.25, "ess": i / 2, "reward": 1.0, "pass@1": 0.5} for i in (1, 2)]
     page = write(tmp_path / "report.html", history=lines)
     kept = [("reward", ["reward"]), ("pass@k and votes on held-out examples", ["pass@1"]), ("shares of tokens, leaves and trees", ["ess"])]
-    assert (
-        told(page) == ["clipped", "truncated"]
-        and drawn(page) == [kept]
-        and "<p>The same at every step: clipped 0, truncated 0.25.</p>" in page
-    )
+    assert told(page) == ["clipped", "truncated"] and drawn(page) == [kept]
+    assert "<p>The same at every step: clipped 0, truncated 0.25.</p>" in page
     other = [line | dict(clipped=0.5, truncated=0.25) for line in lines]
     page = write(tmp_path / "both.html", run("a", history=lines, config={"x": 1}), run("b", history=other, config={"x": 2}))
     assert "<p>The same at every step: truncated 0.25.</p>" in page and ("clipped", ["a", "b"]) in drawn(page)[0]
@@ -197,7 +193,16 @@ def test_seeds_that_do_not_meet_are_drawn_each(tmp_path):
     short, late = [{"step": 1, "reward": 0.5}], [{"step": 5, "reward": 0.1}, {"step": 6, "reward": 0.2}]
     runs = [run(f"r{i}", history=lines, config={"seed": i, "x": 0}) for i, lines in enumerate((short, late))]
     page = write(tmp_path / "report.html", *runs)
-    assert drawn(page) == [[("reward", ["reward"])]] and len(re.findall(r'<g id="line2d_\d+">\s*<path[^>]* clip-path', page)) >= 2
+    assert drawn(page) == [[("reward", ["reward"])]] and len(re.findall(r"<use[^>]*#1f77b4", page)) == 3  # their points, of no mean
+
+
+def test_of_two_seeds_both_are_drawn_and_of_three_the_interval(tmp_path):
+    for count, thin, bands in ((1, 0, 0), (2, 2, 0), (3, 0, 1)):
+        runs = [
+            run(f"r{i}", history=[{"step": s, "reward": s * i} for s in (1, 2)], config={"seed": i, "x": 0}) for i in range(1, count + 1)
+        ]
+        page = write(tmp_path / "report.html", *runs)
+        assert (page.count("stroke-opacity: 0.4"), page.count('id="FillBetween')) == (thin, bands), count
 
 
 def workdir(folder, **files):

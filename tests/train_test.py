@@ -455,6 +455,7 @@ def test_updates_that_are_not_finite_are_skipped_and_then_end_the_run(runs):
         "an estimator of your own may give a nan."
     )
     assert "Traceback" not in log
+    assert re.findall(r"step (\d+): loss or gradient is not finite, the update is skipped\.", log) == ["3", "6"]
     lines = story(workdir)
     assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 0, 1, 1, 1]
     assert [line["loss"] is None for line in lines] == [False, False, True, True, False, True, True, True]

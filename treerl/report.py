@@ -46,6 +46,7 @@ GROUPS = (
     ("seconds", ("seconds",)),
 )
 
+SVG = {"svg.fonttype": "none", "svg.hashsalt": "treerl"}  # of matplotlib: text stays text, and the same numbers give the same file
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -330,7 +331,7 @@ def _curves(histories: dict[str, list[list[dict]]], by_tokens: bool = False) -> 
 def _panel(title: str, series: dict, along: int, colours: dict | None) -> str:
     """A chart and its caption: title, and what has which colour. Kinds have `colours`; without them each metric has one."""
     shown = {}  # label -> colour
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "treerl"}):  # text stays text, the same numbers the same file
+    with matplotlib.rc_context(SVG):
         figure = Figure(figsize=(5.5, 2.5), layout="constrained")
         axis = figure.subplots()
         for i, (name, of_kind) in enumerate(series.items()):
@@ -438,7 +439,7 @@ def compare(path, runs: dict[str, list[list[dict]]], metrics: tuple[str, ...] = 
       UserError: a run has not measured a metric, or begins to after another ends.
     """
     found = {metric: {name: [] for name in runs} for metric in metrics}
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "treerl"}):
+    with matplotlib.rc_context(SVG):
         figure = Figure(figsize=(11, 4 * len(metrics)), layout="constrained")
         for metric, places in zip(metrics, figure.subplots(len(metrics), 2, sharey=True, squeeze=False)):
             curves = {name: [curve(history, metric) for history in histories] for name, histories in runs.items()}

@@ -27,7 +27,7 @@ class Diverged(UserError):
 
 
 def stop_if_diverged(state, limit: int, moment: str, advice: str, whole: int | None = None) -> None:
-    """Raises Diverged if more updates of a state were skipped in a row than `limit`, learner.max_skipped, or all of the `whole` run."""
+    """Raises Diverged if more updates of a state were skipped in a row than `limit`, learner.max_skipped, or all `whole` of a run."""
     skipped = int(state.skipped)
     if skipped > limit or skipped == whole:
         than = f"more than learner.max_skipped={limit}" if skipped > limit else "all of the run's"

@@ -66,11 +66,10 @@ def gives_leaf_credit(estimator: Callable) -> bool:
             "behind it, need a default."
         )
     found = jax.eval_shape(estimator, example, jnp.ones(2), *(fills[name] for name in extras(estimator)))
-    shapes = [getattr(x, "shape", type(x).__name__) for x in (found if isinstance(found, tuple) else (found, jnp.ones(2)))]
-    if shapes not in ([(2,), (2,)], [(3, 2), (2,)]):
-        told = ", ".join(map(str, shapes[: 2 if isinstance(found, tuple) else 1]))
+    shapes = [getattr(x, "shape", type(x).__name__) for x in (found if isinstance(found, tuple) else (found,))]
+    if shapes[:1] not in ([(2,)], [(3, 2)]) or shapes[1:] not in ([], [(2,)]):
         raise ValueError(
-            f"of a tree with S=3 rows, K=2 slots and L=2 leaves it returns {told}; return the credit of leaves, [L], or of cells, "
+            f"of a tree with S=3 rows, K=2 slots and L=2 leaves it returns {', '.join(map(str, shapes))}; return the credit of leaves, [L], or of cells, "
             "[S, K], or a pair of such credit and the weight of leaves, [L]."
         )
     return len(shapes[0]) == 1

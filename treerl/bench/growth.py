@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from treerl.bench import measure, sampler, synthetic
 from treerl.models.transformer import Model
+from treerl.report import SVG
 
 
 def defaults() -> dict:
@@ -87,7 +88,7 @@ def measured(model: Model, params, sizes: dict, slots: int, length: int):
 def draw(path, rows) -> None:
     """Draws the suite's rows as an SVG: ms a step over slots and over rows, and the limit of each."""
     found = {row["name"]: row["value"] for row in rows}
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "treerl"}):
+    with matplotlib.rc_context(SVG):
         figure = Figure(figsize=(11, 4), layout="constrained")
         for place, axis in zip(figure.subplots(1, 2), ("slots", "rows")):
             x = sorted({int(name.split(".")[0].split("_")[1]) for name in found if name.startswith(f"{axis}_")})
