@@ -157,6 +157,7 @@ def main(folder: str):
 # --- metrics, samples, faults --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_metrics_name_the_graders(runs):
     for _, metrics in runs["split"][1]:
         parts = {name: metrics[f"reward/{name}"] for name in GRADERS}
@@ -165,6 +166,7 @@ def test_metrics_name_the_graders(runs):
         assert not any(metrics[f"graders_{name}"] for name in FAULTS[1:])
 
 
+@pytest.mark.slow
 def test_samples_are_the_first_trees_as_text(runs):
     experiment, found = runs["split"]
     written = experiment.samples(found[0][1]["samples"])

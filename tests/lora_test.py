@@ -119,6 +119,7 @@ def test_a_step_trains_the_adapters_alone(tiny):
     assert sorted(moments) == sorted(2 * [x.shape for x in jax.tree.leaves(t.fns.model.split(two.params)[0])])
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_model_without_its_adapters_change(tiny):
     t, start, (one, first), (two, second) = tiny
     assert jax.tree.structure(start.reference) == jax.tree.structure(t.fns.model.split(start.params)[0])
@@ -126,6 +127,7 @@ def test_the_reference_is_the_model_without_its_adapters_change(tiny):
     assert abs(float(first["kl"])) < 1e-6 < float(second["kl"])
 
 
+@pytest.mark.slow
 def test_the_sampler_draws_with_the_adapters(tiny):
     """Log-probs of the sampler against the learner's, after an update that changed the policy."""
     _, _, _, (_, second) = tiny

@@ -110,6 +110,7 @@ def test_a_step_prunes_and_trains_on_survivors(pruned):
     assert float(state.quality["table"].right.sum() + state.quality["table"].wrong.sum()) > 8
 
 
+@pytest.mark.slow
 def test_tokens_of_dropped_lines_have_no_gradient(pruned):
     """Other tokens and log-probs in dropped cells change no number of the update."""
     t, _, metrics = pruned

@@ -62,6 +62,7 @@ def test_logits_equal_the_recorded_ones(model, path):
     np.testing.assert_allclose(got["total"], want["total"][:, start:], rtol=0, atol=NEAR)
 
 
+@pytest.mark.slow
 def test_greedy_answers_of_the_tree_sampler_equal_the_recorded_ones(model, folder):
     """Chat template, tokenizer, prefill of unequal prompts, steps through the pool and the end of an answer."""
     tokenizer, want = TextTokenizer(folder), O.golden()
